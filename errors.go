@@ -78,6 +78,8 @@ type Error struct {
 	RetryAfter time.Duration
 	// Err is the cause.
 	Err error
+
+	bare bool // the received body had no errcode
 }
 
 // Error names server, endpoint, code and message.
@@ -177,7 +179,7 @@ const maxErrorBody = 64 << 10
 
 // readError turns an answer that is not 200 into an error, whatever its body is.
 func readError(server ServerName, endpoint string, r *http.Response, now time.Time) *Error {
-	e := &Error{Code: ErrUnknown, Status: r.StatusCode, Server: server, Endpoint: endpoint}
+	e := &Error{Code: ErrUnknown, Status: r.StatusCode, Server: server, Endpoint: endpoint, bare: true}
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxErrorBody))
 	if err != nil {
 		e.Err = err
@@ -187,7 +189,7 @@ func readError(server ServerName, endpoint string, r *http.Response, now time.Ti
 	if err == nil {
 		v := value(text)
 		if code, ok := v.get("errcode").str(); ok && code != "" {
-			e.Code = ErrorCode(code)
+			e.Code, e.bare = ErrorCode(code), false
 		}
 		e.Message, _ = v.get("error").str()
 		version, _ := v.get("room_version").str()
@@ -219,11 +221,11 @@ func retryAfter(header string, now time.Time) (time.Duration, bool) {
 }
 
 // unimplemented tells whether e says that the server does not have the endpoint at all, so that an older one is worth a
-// try; bare: an answer without errcode counts for that on status 400.
+// try.
 func (e *Error) unimplemented() bool {
 	switch e.Status {
 	case http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusBadRequest:
-		return e.Code == ErrUnrecognized || e.Code == ErrUnknown
+		return e.bare || e.Code == ErrUnrecognized
 	}
 	return false
 }
