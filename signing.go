@@ -378,3 +378,6 @@ func cutParameter(s string) (name, val, tail string, err error) {
 func notToken(c rune) bool {
 	return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c < 0x80 && strings.ContainsRune("!#$%&'*+-.^_`|~", c))
 }
+
+// millis is the time of a timestamp of the protocol, in milliseconds since 1970.
+func millis(ts int64) time.Time { return time.UnixMilli(ts) }
