@@ -189,7 +189,7 @@ func (r *jsonReader) sort(members []memberSpan) error {
 	slices.SortFunc(members, func(a, b memberSpan) int { return compareKeys(r.key(a), r.key(b)) })
 	for i := 1; i < len(members); i++ {
 		if bytes.Equal(r.key(members[i-1]), r.key(members[i])) {
-			return r.fail(fmt.Sprintf("duplicate member %q", r.key(members[i])))
+			return r.fail(fmt.Sprintf("duplicate member %.40q", r.key(members[i])))
 		}
 	}
 	r.scratch = append(r.scratch[:0], r.out[start:]...)

@@ -421,9 +421,12 @@ func (p *eventParser) hashes(e *Event) error {
 	e.hash = sha256.Sum256(p.buf)
 	switch e.rules.eventID {
 	case idGiven:
-		id, ok := p.get("event_id").str()
-		if e.id = EventID(id); !ok || !e.id.valid() || !e.id.server().valid() {
-			return refuse(ErrInvalidParam, "event: event_id is missing or no event ID of room version %s", e.rules.version)
+		id, err := p.name("event_id")
+		if err != nil {
+			return err
+		}
+		if e.id = EventID(id); !e.id.valid() || !e.id.server().valid() {
+			return refuse(ErrInvalidParam, "event: event_id is no event ID of room version %s", e.rules.version)
 		}
 	case idBase64:
 		e.id = EventID("$" + base64.RawStdEncoding.EncodeToString(e.hash[:]))
@@ -657,8 +660,17 @@ type draft struct {
 	origin     ServerName // "" leaves the member out
 }
 
-// build makes an event of d, with hashes and without signatures.
-func (d *draft) build(rules *roomRules) (*Event, error) {
+// originFor is the member origin of an event of an own server: room versions up to 10 protect it from redaction, and some
+// servers still expect it there.
+func originFor(rules *roomRules, own ServerName) ServerName {
+	if slices.Contains(rules.redaction.topLevel, "origin") {
+		return own
+	}
+	return ""
+}
+
+// fields are the members of the event that d describes.
+func (d *draft) fields() []field {
 	fields := []field{
 		{"type", quoted(d.typ)}, {"sender", quoted(d.sender)}, {"content", d.content}, {"prev_events", d.prev},
 		{"auth_events", d.auth}, {"depth", integer(d.depth)}, {"origin_server_ts", integer(d.ts)},
@@ -672,6 +684,12 @@ func (d *draft) build(rules *roomRules) (*Event, error) {
 	if d.origin != "" {
 		fields = append(fields, field{"origin", quoted(d.origin)})
 	}
+	return fields
+}
+
+// build makes an event of d, with hashes and without signatures.
+func (d *draft) build(rules *roomRules) (*Event, error) {
+	fields := d.fields()
 	if rules.eventID == idGiven { // any unique name will do; this one makes the same event twice from the same material
 		sum := sha256.Sum256([]byte(object(slices.Clone(fields)...)))
 		name := base64.RawURLEncoding.EncodeToString(sum[:18])

@@ -114,10 +114,10 @@ func NewSigner(name ServerName, id KeyID, key crypto.Signer, old ...Key) (*Signe
 	if !publishable(id) {
 		return nil, fmt.Errorf("mxfed: signer of %s: %q is no key ID", name, id)
 	}
-	if key == nil {
-		return nil, fmt.Errorf("mxfed: signer of %s: key is missing", name)
+	if private, ok := key.(ed25519.PrivateKey); key == nil || ok && len(private) != ed25519.PrivateKeySize {
+		return nil, fmt.Errorf("mxfed: signer of %s: key is missing or of the wrong length", name)
 	}
-	if pub, ok := key.Public().(ed25519.PublicKey); !ok || len(pub) != ed25519.PublicKeySize {
+	if public, ok := key.Public().(ed25519.PublicKey); !ok || !usableKey(public) {
 		return nil, fmt.Errorf("mxfed: signer of %s: key %s is not ed25519", name, id)
 	}
 	seen := []KeyID{id}
@@ -292,8 +292,13 @@ func (s *Signer) SignRequest(r *http.Request, to ServerName, body []byte) error 
 	if err != nil {
 		return fmt.Errorf("mxfed: %w", err)
 	}
-	r.Header.Set("Authorization", fmt.Sprintf(`X-Matrix origin="%s",destination="%s",key="%s",sig="%s"`, s.name, to, s.id, sig))
+	s.authorize(r, to, sig)
 	return nil
+}
+
+// authorize sets the header, in the form that the oldest servers can read as well.
+func (s *Signer) authorize(r *http.Request, to ServerName, sig string) {
+	r.Header.Set("Authorization", fmt.Sprintf(`X-Matrix origin="%s",destination="%s",key="%s",sig="%s"`, s.name, to, s.id, sig))
 }
 
 // requestBytes is what an X-Matrix signature covers; uri is the one on the request line, byte for byte.

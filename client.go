@@ -1,0 +1,286 @@
+package mxfed
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+)
+
+// How long one request may take, under the caller's context, and how much of an ordinary answer is read. An answer to
+// send_join has limits of its own.
+const (
+	callTimeout   = 30 * time.Second
+	joinTimeout   = 10 * time.Minute
+	maxSmallReply = 2 << 20 // bytes
+)
+
+// Client calls other servers, each time as the server of the local user concerned. It is safe for concurrent use; every
+// method obeys its context. Errors that came from another server are, or hold, an *Error that names it.
+type Client struct {
+	verifier
+	rooms     RoomSource
+	http      http.RoundTripper
+	versions  []*roomRules
+	noV1      bool
+	maxAnswer int64
+	log       *slog.Logger
+}
+
+// offers returns the rules of a room version that this server takes part in, nil for others.
+func (c *Client) offers(v RoomVersion) *roomRules {
+	if i := slices.IndexFunc(c.versions, func(r *roomRules) bool { return r.version == v }); i >= 0 {
+		return c.versions[i]
+	}
+	return nil
+}
+
+// Do makes a signed call of any endpoint, such as a transaction: uri is the path from /_matrix/ on, escaped, with its
+// query. in is encoded as JSON (nil: no body, as for GET), the answer is decoded into out unless out is nil. from is the
+// own name that asks; empty is the first signer's. An answer other than 200 is an *Error; answers over 2 MiB are refused.
+// https://spec.matrix.org/v1.19/server-server-api/#request-authentication
+func (c *Client) Do(ctx context.Context, from, to ServerName, method, uri string, in, out any) error {
+	signer := c.own[0]
+	if from != "" {
+		signer = c.signer(from)
+	}
+	if signer == nil {
+		return fmt.Errorf("mxfed: %s is no own name", from)
+	}
+	var body value
+	if in != nil {
+		raw, err := json.Marshal(in)
+		if err != nil {
+			return fmt.Errorf("mxfed: request body: %w", err)
+		}
+		var r jsonReader
+		text, err := r.canonical(raw, numbersAsReceived)
+		if err != nil {
+			return fmt.Errorf("mxfed: request body: %w", err)
+		}
+		body = value(text)
+	}
+	path, _, _ := strings.Cut(uri, "?")
+	answer, err := c.ask(ctx, &call{from: signer, to: to, endpoint: path, method: method, uri: uri, body: body})
+	if err != nil || out == nil {
+		return err
+	}
+	if err := json.Unmarshal([]byte(answer), out); err != nil {
+		return c.malformed(to, path, err)
+	}
+	return nil
+}
+
+// call is one request to another server.
+type call struct {
+	from        *Signer
+	to          ServerName
+	endpoint    string // for errors
+	method, uri string
+	body        value // "" for none
+}
+
+// federationURI is the escaped path of an endpoint: version, name and its path parameters.
+func federationURI(version, endpoint string, params ...string) string {
+	uri := "/_matrix/federation/" + version + "/" + endpoint
+	for _, p := range params {
+		uri += "/" + url.PathEscape(p)
+	}
+	return uri
+}
+
+// ask makes a call and returns the answer of status 200 in canonical form.
+func (c *Client) ask(ctx context.Context, q *call) (value, error) {
+	ctx, cancel := context.WithTimeout(ctx, callTimeout)
+	defer cancel()
+	r, err := c.send(ctx, q)
+	if err != nil {
+		return "", err
+	}
+	defer r.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(r.Body, maxSmallReply+1))
+	if err != nil {
+		return "", &Error{Code: ErrUnknown, Server: q.to, Endpoint: q.endpoint, Message: "answer broke off", Err: err}
+	}
+	if len(body) > maxSmallReply {
+		return "", c.malformed(q.to, q.endpoint, fmt.Errorf("answer is larger than %d bytes", maxSmallReply))
+	}
+	var reader jsonReader
+	text, err := reader.canonical(body, numbersAsReceived)
+	if err != nil {
+		return "", c.malformed(q.to, q.endpoint, err)
+	}
+	return value(text), nil
+}
+
+// send makes a call and returns the answer of status 200, whose body the caller closes.
+func (c *Client) send(ctx context.Context, q *call) (*http.Response, error) {
+	r, err := q.request(ctx)
+	if err != nil {
+		return nil, err
+	}
+	answer, err := c.http.RoundTrip(r)
+	if err != nil {
+		return nil, &Error{Code: ErrUnknown, Server: q.to, Endpoint: q.endpoint, Message: "no answer", Err: err}
+	}
+	if answer.StatusCode != http.StatusOK {
+		defer answer.Body.Close()
+		return nil, readError(q.to, q.endpoint, answer, c.now())
+	}
+	return answer, nil
+}
+
+func (q *call) request(ctx context.Context) (*http.Request, error) {
+	if !q.to.valid() {
+		return nil, refuse(ErrInvalidParam, "%q is no server name", q.to)
+	}
+	var body io.Reader
+	if q.body != "" {
+		body = strings.NewReader(string(q.body))
+	}
+	r, err := http.NewRequestWithContext(ctx, q.method, "https://"+string(q.to)+q.uri, body)
+	if err != nil {
+		return nil, fmt.Errorf("mxfed: %w", err)
+	}
+	if r.URL.RequestURI() != q.uri {
+		return nil, fmt.Errorf("mxfed: %q is no escaped path", q.uri)
+	}
+	if q.body != "" {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	sig, err := q.from.sign(requestBytes(q.method, q.uri, q.from.name, q.to, q.body))
+	if err != nil {
+		return nil, fmt.Errorf("mxfed: %w", err)
+	}
+	q.from.authorize(r, q.to, sig)
+	return r, nil
+}
+
+// malformed is the error for an answer of status 200 that the protocol does not allow.
+func (c *Client) malformed(server ServerName, endpoint string, err error) error {
+	return &Error{Code: ErrUnknown, Status: http.StatusOK, Server: server, Endpoint: endpoint, Message: "malformed answer", Err: err}
+}
+
+// Draft is an event that a local user wants to send.
+type Draft struct {
+	// Room is the room; empty for the create event of a room version 12 or later, whose hash names the room.
+	Room RoomID
+	// Version is the room version of a create event; other events have that of their room.
+	Version RoomVersion
+	Type    string
+	// StateKey is nil for an event that is not state.
+	StateKey *string
+	Sender   UserID
+	Content  json.RawMessage
+}
+
+// previewState are the entries that describe a room to a user who is not in it.
+// https://spec.matrix.org/v1.19/client-server-api/#stripped-state
+var previewState = []StateKey{{typeCreate, ""}, {typeJoinRules, ""}, {"m.room.name", ""}, {"m.room.canonical_alias", ""},
+	{"m.room.avatar", ""}, {"m.room.topic", ""}, {"m.room.encryption", ""}}
+
+// build completes, authorises and signs a local user's event, and returns the room's facts that it was built on: those
+// that the event needs and the entries in more.
+func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event, *Room, error) {
+	signer := c.signer(d.Sender.Server())
+	if signer == nil || !d.Sender.valid() {
+		return nil, nil, refuse(ErrInvalidParam, "sender %q is no user of this server", d.Sender)
+	}
+	var r jsonReader
+	content, err := r.canonical(d.Content, numbersEncoded)
+	if err != nil || !value(content).isObject() {
+		return nil, nil, because(err, ErrBadJSON, "content is no JSON object")
+	}
+	material := &draft{room: d.Room, typ: d.Type, stateKey: d.StateKey, sender: d.Sender, content: value(content), ts: c.now().UnixMilli()}
+	if d.Type == typeCreate {
+		event, err := c.buildCreate(d.Version, material, signer)
+		return event, &Room{Version: d.Version}, err
+	}
+	ask := RoomQuery{To: signer.name, State: slices.Concat([]StateKey{{typeCreate, ""}}, material.authKeys(), more)}
+	room, rules, err := readRoom(ctx, c.rooms, d.Room, ask)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := material.place(rules, room); err != nil {
+		return nil, nil, err
+	}
+	material.origin = originFor(rules, signer.name)
+	event, err := material.build(rules)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := authorise(event, stateOf(room.State, nil), true); err != nil {
+		return nil, nil, err
+	}
+	event, err = approved{event}.sign(signer)
+	return event, room, err
+}
+
+func (c *Client) buildCreate(v RoomVersion, d *draft, signer *Signer) (*Event, error) {
+	rules := c.offers(v)
+	if rules == nil {
+		return nil, incompatible(v)
+	}
+	d.prev, d.auth, d.depth, d.origin = "[]", "[]", 1, originFor(rules, signer.name)
+	event, err := d.build(rules)
+	if err != nil {
+		return nil, err
+	}
+	if err := authorise(event, stateOf(nil, nil), false); err != nil {
+		return nil, err
+	}
+	return approved{event}.sign(signer)
+}
+
+var errNoLatest = errors.New("mxfed: RoomSource gave no latest events")
+
+// authKeys lists the state entries that d's auth events are selected from, in any room version.
+func (d *draft) authKeys() []StateKey {
+	key := ""
+	if d.stateKey != nil {
+		key = *d.stateKey
+	}
+	return authKeysFor(anyAuthRules, d.typ, key, d.stateKey != nil, d.sender, d.content)
+}
+
+// anyAuthRules select every entry that some room version selects.
+var anyAuthRules = RoomVersion("11").rules()
+
+// place puts d at the end of the room's graph.
+func (d *draft) place(rules *roomRules, room *Room) error {
+	if len(room.Latest) == 0 {
+		return errNoLatest
+	}
+	latest := slices.Clone(room.Latest)
+	slices.SortStableFunc(latest, func(a, b *Event) int { return int(min(max(b.depth-a.depth, -1), 1)) })
+	latest = latest[:min(len(latest), maxPrevEvents)]
+	d.depth = min(latest[0].depth, rules.maxDepth-1) + 1
+	d.prev = references(latest)
+	key := ""
+	if d.stateKey != nil {
+		key = *d.stateKey
+	}
+	var auth []*Event
+	for _, k := range authKeysFor(rules, d.typ, key, d.stateKey != nil, d.sender, d.content) {
+		if e := room.state(k.Type, k.Key); e != nil {
+			auth = append(auth, e)
+		}
+	}
+	d.auth = references(auth)
+	return nil
+}
+
+func references(events []*Event) value {
+	refs := make([]value, len(events))
+	for i, e := range events {
+		refs[i] = e.reference()
+	}
+	return array(refs...)
+}

@@ -1,0 +1,240 @@
+package mxfed
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+)
+
+// Join joins a user to a room through another server: make_join, an event of our own making, send_join, and a check of
+// the whole answer. Servers are tried in turn while another one may do better; the error of a failed join holds an *Error
+// of every server that was asked, and ClientError picks what to tell the user.
+// https://spec.matrix.org/v1.19/server-server-api/#joining-rooms
+func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error) {
+	content, err := memberContent(req.Content, "join")
+	if err != nil {
+		return nil, err
+	}
+	if c.signer(req.User.Server()) == nil || !req.User.valid() {
+		return nil, refuse(ErrInvalidParam, "%q is no user of this server", req.User)
+	}
+	if len(req.Via) == 0 {
+		return nil, refuse(ErrNotFound, "no server is known that may be in the room")
+	}
+	var errs []error
+	for i, via := range req.Via {
+		if slices.Contains(req.Via[:i], via) || c.signer(via) != nil {
+			continue
+		}
+		try := joinTry{Client: c, req: req, via: via, content: content}
+		result, err := try.join(ctx)
+		if err == nil {
+			return result, nil
+		}
+		errs = append(errs, err)
+		if ctx.Err() != nil || try.sunk || !nextMayHelp(err) {
+			break
+		}
+	}
+	if len(errs) == 0 {
+		return nil, refuse(ErrNotFound, "no other server is known that may be in the room")
+	}
+	return nil, fmt.Errorf("mxfed: join %s: %w", req.Room, errors.Join(errs...))
+}
+
+// nextMayHelp tells whether another server may let a join through that failed with err.
+func nextMayHelp(err error) bool {
+	var e *Error
+	if !errors.As(err, &e) || e.Server == "" {
+		return false
+	}
+	switch e.Code {
+	case ErrUnableToAuthoriseJoin, ErrUnableToGrantJoin, ErrNotFound, ErrLimitExceeded:
+		return true
+	case ErrIncompatibleRoomVersion, ErrUnsupportedRoomVersion:
+		return false // the room's version is the same everywhere
+	}
+	switch e.Status {
+	case http.StatusUnauthorized, http.StatusForbidden, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusTooManyRequests:
+		return true
+	}
+	return e.Status < 400 || e.Status >= 500
+}
+
+// joinTry is the attempt to join through one server.
+type joinTry struct {
+	*Client
+	req     *JoinRequest
+	via     ServerName
+	content value
+	sunk    bool // the sink was called: the host has events of this server
+}
+
+func (t *joinTry) join(ctx context.Context) (*JoinResult, error) {
+	join, known, err := t.make(ctx)
+	if err != nil {
+		return nil, err
+	}
+	result, err := t.prove(ctx, join, known, t.req.OmitMembers)
+	var lacking *lackingError
+	if errors.As(err, &lacking) && t.req.OmitMembers && !t.sunk { // the answer left out more than members: ask for all of it
+		result, err = t.prove(ctx, join, known, false)
+	}
+	return result, err
+}
+
+// make gets a template and makes our event of it; known: the server named the room version.
+func (t *joinTry) make(ctx context.Context) (join *Event, known bool, err error) {
+	d := newMemberDraft(t.req.Room, t.req.User, "join")
+	q := &call{to: t.via, endpoint: "make_join", method: http.MethodGet,
+		uri: federationURI("v1", "make_join", string(t.req.Room), string(t.req.User)) + "?" + t.supported()}
+	answer, err := t.askTemplate(ctx, q, t.req.User)
+	if err != nil {
+		return nil, false, err
+	}
+	ready, rules, err := t.readTemplate(answer, d, t.via)
+	if err != nil {
+		return nil, false, t.malformed(t.via, "make_join", err)
+	}
+	authoriser := ready.content.get("join_authorised_via_users_server")
+	ready.content = t.content.with("join_authorised_via_users_server", authoriser)
+	ready.ts = t.now().UnixMilli()
+	event, err := ready.build(rules)
+	if err != nil {
+		return nil, false, err
+	}
+	// The event says that our own user joins this room, and nothing else that is not ours but its place in the graph.
+	join, err = approved{event}.sign(t.signer(t.req.User.Server()))
+	return join, answer.Version != "", err
+}
+
+// prove sends the join and proves the answer.
+func (t *joinTry) prove(ctx context.Context, join *Event, known, omitMembers bool) (*JoinResult, error) {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	body, v1, err := t.sendJoin(ctx, t.via, &SendJoinRequest{Event: join, OmitMembers: omitMembers})
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	check := newJoinCheck(&t.verifier, join.rules, known, t.req)
+	reader := &answerReader{in: body, max: t.maxAnswer}
+	rest, err := check.read(ctx, reader, v1, t.progress)
+	t.sunk = t.sunk || check.sunk
+	if err == nil {
+		err = check.settle()
+	}
+	if err == nil {
+		err = t.accept(ctx, check, join, rest, omitMembers)
+	}
+	var own *sinkError
+	switch {
+	case errors.As(err, &own):
+		return nil, fmt.Errorf("mxfed: join: %w", own)
+	case err != nil && ctx.Err() != nil:
+		return nil, &Error{Code: ErrUnknown, Server: t.via, Endpoint: "send_join", Message: "answer broke off", Err: errors.Join(ctx.Err(), err)}
+	case err != nil:
+		return nil, t.malformed(t.via, "send_join", err)
+	}
+	return check.result, nil
+}
+
+func (t *joinTry) progress(events int, bytes int64) {
+	if t.req.Progress != nil {
+		t.req.Progress(t.via, events, bytes)
+	}
+}
+
+// accept checks what the answer says about the join itself and completes the result.
+func (t *joinTry) accept(ctx context.Context, check *joinCheck, join *Event, rest map[string]value, omitMembers bool) (err error) {
+	result := check.result
+	result.Via = t.via
+	if result.Servers, err = omittedServers(rest, omitMembers); err != nil {
+		return err
+	}
+	if join.rules != check.rules { // make_join named no version: the create event did
+		retagged := *join
+		retagged.rules = check.rules
+		join = &retagged
+	}
+	if result.Event, err = t.accepted(ctx, join, rest["event"]); err != nil {
+		return err
+	}
+	if err := t.completeAuth(ctx, check, join); err != nil {
+		return err
+	}
+	return check.checkJoin(join, len(result.Servers) > 0)
+}
+
+// accepted returns the join with the other server's signature, if that server sent the event back. A restricted join is
+// void without the signature of the server that authorised it.
+func (t *joinTry) accepted(ctx context.Context, join *Event, event value) (*Event, error) {
+	demanded := join.authoriserID() != ""
+	if event == "" && !demanded {
+		return join, nil
+	}
+	if event == "" {
+		return nil, errors.New("event is missing, which a restricted join needs")
+	}
+	signed, err := t.countersigned(ctx, t.via, join, event)
+	var unsigned *signatureError
+	if errors.As(err, &unsigned) && !demanded {
+		return join, nil
+	}
+	return signed, err
+}
+
+// lackingError says that the answer is without auth events of the join.
+type lackingError struct{ err error }
+
+func (e *lackingError) Error() string { return "auth events of the join are missing: " + e.err.Error() }
+func (e *lackingError) Unwrap() error { return e.err }
+
+// maxCompletions bounds the events that are fetched one by one to complete an answer.
+const maxCompletions = 64
+
+// completeAuth fetches auth events of the join that the answer lacks: with members omitted, some servers leave out the
+// member events that the join itself names. https://spec.matrix.org/v1.19/server-server-api/#get_matrixfederationv1eventeventid
+func (t *joinTry) completeAuth(ctx context.Context, check *joinCheck, join *Event) error {
+	missing := check.missing(join)
+	for fetched := 0; len(missing) > 0; fetched++ {
+		if fetched == maxCompletions {
+			return &lackingError{errors.New("too many")}
+		}
+		e, err := t.fetchEvent(ctx, check, missing[0])
+		if err != nil {
+			return &lackingError{err}
+		}
+		check.graph[e.event.id] = e
+		missing = append(missing[1:], check.missing(e.event)...)
+	}
+	for _, id := range join.refs[join.prevs:] {
+		check.visit(check.graph[id])
+	}
+	return nil
+}
+
+// fetchEvent fetches one event of the room and checks its signatures.
+func (t *joinTry) fetchEvent(ctx context.Context, check *joinCheck, id EventID) (*joinNode, error) {
+	signer := t.signer(t.req.User.Server())
+	answer, err := t.ask(ctx, &call{from: signer, to: t.via, endpoint: "event", method: http.MethodGet, uri: federationURI("v1", "event", string(id))})
+	if err != nil {
+		return nil, err
+	}
+	for pdu := range answer.get("pdus").elements() {
+		var p eventParser
+		e, err := p.parse(check.rules, []byte(pdu))
+		if err != nil {
+			return nil, err
+		}
+		if e.id != id || e.room != check.room {
+			return nil, fmt.Errorf("%s was answered with another event", id)
+		}
+		check.keys.fetch(ctx, []*Event{e})
+		v := check.keys.judge(&p, e)
+		return &joinNode{event: v.event, authorised: v.authorised, inAuth: true}, v.err
+	}
+	return nil, fmt.Errorf("%s was not answered", id)
+}

@@ -1,0 +1,293 @@
+package mxfed
+
+import (
+	"context"
+	"slices"
+	"strings"
+)
+
+// RoomQuery lists the facts of a room that are wanted. Each field names the field of Room that answers it; what is not
+// asked for may be left out of the answer.
+type RoomQuery struct {
+	// Origin is the server on whose behalf is asked, empty for this server itself. To is the own name that must be in the
+	// room.
+	Origin, To ServerName
+	// State names entries of Room.State and, with Prev, of Room.Before; 64 at most.
+	State []StateKey
+	// Prev are the prev_events of an event that is being checked: see Room.Before.
+	Prev []EventID
+	// Events are wanted in Room.Events: the auth_events of an event that is being checked, and that event itself.
+	Events []EventID
+	// User and Allow ask whether the user is joined to these rooms: see Room.Joined.
+	User  UserID
+	Allow []RoomID
+	// Servers asks which of these are in the room: see Room.Present.
+	Servers []ServerName
+	// Local asks for Room.Local.
+	Local bool
+}
+
+// Room is one snapshot of a room's facts. A fact that is left out means "cannot tell" and never lets anyone in.
+type Room struct {
+	Version RoomVersion
+	// Latest are the forward extremities: the prev_events of the next event.
+	Latest []*Event
+	// State holds the current state entries asked for; keys that are not set are left out.
+	State []*Event
+	// Before holds the same keys as they were after RoomQuery.Prev, resolved. Nil: some of Prev is not known here.
+	Before []*Event
+	// Events are those of RoomQuery.Events that this room has accepted; rejected ones are left out.
+	Events []*Event
+	// Joined tells of each room in RoomQuery.Allow whether the user is joined; no entry: this server is not in that room.
+	Joined map[RoomID]bool
+	// Present tells of each server in RoomQuery.Servers whether it has a joined user.
+	Present map[ServerName]bool
+	// Local is the member event of a joined user of RoomQuery.To: of one who may invite, if there is one.
+	Local *Event
+}
+
+// RoomSource states facts of the rooms that this host is in. It is asked at most twice for one request, possibly by many
+// requests at once.
+type RoomSource interface {
+	// Room returns a snapshot. ErrNotFound: RoomQuery.To is not in the room, or has not the whole of its state yet.
+	Room(ctx context.Context, id RoomID, ask RoomQuery) (*Room, error)
+}
+
+// RoomSourceFunc is a RoomSource that is one function.
+type RoomSourceFunc func(ctx context.Context, id RoomID, ask RoomQuery) (*Room, error)
+
+// Room calls f.
+func (f RoomSourceFunc) Room(ctx context.Context, id RoomID, ask RoomQuery) (*Room, error) {
+	return f(ctx, id, ask)
+}
+
+// readRoom asks source for facts and gives every way of not having them the same answer.
+func readRoom(ctx context.Context, source RoomSource, id RoomID, ask RoomQuery) (*Room, *roomRules, error) {
+	if source == nil {
+		return nil, nil, errNoRoom()
+	}
+	room, err := source.Room(ctx, id, ask)
+	if err != nil {
+		if answerTo(err).Code == ErrNotFound {
+			err = errNoRoom()
+		}
+		return nil, nil, err
+	}
+	if room == nil {
+		return nil, nil, errNoRoom()
+	}
+	rules := room.Version.rules()
+	if rules == nil {
+		return nil, nil, incompatible(room.Version)
+	}
+	return room, rules, nil
+}
+
+// errNoRoom is the answer about rooms that are unknown, left or not yet complete alike.
+func errNoRoom() error { return refuse(ErrNotFound, "room is not known here") }
+
+// state looks entries up in the current state.
+func (r *Room) state(typ, key string) *Event { return stateOf(r.State, nil)(typ, key) }
+
+// checkACL refuses servers that the room's access control list shuts out.
+// https://spec.matrix.org/v1.19/server-server-api/#server-access-control-lists-acls
+func (r *Room) checkACL(origin ServerName) error {
+	if origin != "" && !AllowedByACL(r.state(typeServerACL, ""), origin) {
+		return refuse(ErrForbidden, "%s is shut out of the room by its access control list", origin)
+	}
+	return nil
+}
+
+// AllowedByACL tells whether an m.room.server_acl event admits a server; nil admits all. Handlers of this package ask it
+// themselves; hosts need it for their own endpoints. https://spec.matrix.org/v1.19/server-server-api/#server-access-control-lists-acls
+func AllowedByACL(acl *Event, name ServerName) bool {
+	if acl == nil {
+		return true
+	}
+	address, ok := name.parse()
+	if !ok {
+		return false
+	}
+	if acl.content.get("allow_ip_literals") == "false" && address.lit {
+		return false
+	}
+	host := string(name) // without the port, but with the brackets of an IPv6 literal
+	if address.port != "" {
+		host = host[:len(host)-len(address.port)-1]
+	}
+	host = strings.ToLower(host)
+	return !anyGlob(acl.content.get("deny"), host) && anyGlob(acl.content.get("allow"), host)
+}
+
+// anyGlob tells whether one of a list of globs matches the whole of host; entries that are no strings match nothing.
+func anyGlob(globs value, host string) bool {
+	for g := range globs.elements() {
+		if glob, ok := g.str(); ok && matchGlob(strings.ToLower(glob), host) {
+			return true
+		}
+	}
+	return false
+}
+
+// matchGlob matches * to any run and ? to any one byte of s, which is ASCII. It goes back to the last * only, so its time
+// is bounded by len(glob)*len(s).
+func matchGlob(glob, s string) bool {
+	g, i, star, mark := 0, 0, -1, 0
+	for i < len(s) {
+		switch {
+		case g < len(glob) && glob[g] == '*':
+			star, mark = g, i
+			g++
+		case g < len(glob) && (glob[g] == '?' || glob[g] == s[i]):
+			g++
+			i++
+		case star >= 0:
+			mark++
+			g, i = star+1, mark
+		default:
+			return false
+		}
+	}
+	return strings.Trim(glob[g:], "*") == ""
+}
+
+// Membership is a join, leave or knock of another server's user: verified, allowed by the facts that Config.Rooms answered
+// to Ask, and carrying this server's signature.
+type Membership struct {
+	Event *Event
+	// Ask is the question whose answer the checks were made on; Origin and To are in it.
+	Ask RoomQuery
+	// OmitMembers: the answer to this join may leave out member events.
+	OmitMembers bool
+}
+
+// Check repeats the room's checks on facts read again. It does no I/O, so a host calls it inside the transaction that
+// stores the event, with the answer to m.Ask as of then: a join that has become forbidden meanwhile is refused, and no
+// retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error.
+// https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
+func (m *Membership) Check(now *Room) error {
+	if now == nil {
+		return errNoRoom()
+	}
+	e := m.Event
+	if e == nil || now.Version != e.rules.version {
+		return refuse(ErrInvalidParam, "event is not of room version %s", now.Version)
+	}
+	if err := now.checkACL(m.Ask.Origin); err != nil {
+		return err
+	}
+	if findEvent(now.Events, e.id) != nil {
+		return nil
+	}
+	auth := make([]*Event, 0, maxAuthEvents)
+	for _, id := range e.refs[e.prevs:] {
+		event := findEvent(now.Events, id)
+		if event == nil {
+			return refuse(ErrForbidden, "auth event %s is not known here", id)
+		}
+		auth = append(auth, event)
+	}
+	if err := checkAuthEvents(e, auth); err != nil {
+		return err
+	}
+	create := now.state(typeCreate, "")
+	if err := authorise(e, stateOf(auth, create), true); err != nil {
+		return err
+	}
+	if now.Before == nil {
+		return refuse(ErrForbidden, "prev_events are not known here")
+	}
+	if err := authorise(e, stateOf(now.Before, create), true); err != nil {
+		return err
+	}
+	if err := m.checkRestricted(now); err != nil {
+		return err
+	}
+	return authorise(e, stateOf(now.State, create), true)
+}
+
+func findEvent(events []*Event, id EventID) *Event {
+	if i := slices.IndexFunc(events, func(e *Event) bool { return e.ID() == id }); i >= 0 {
+		return events[i]
+	}
+	return nil
+}
+
+// checkRestricted checks, for a join that a user of this server is to authorise, what the authorisation rules do not know:
+// the conditions under which the room lets users in. https://spec.matrix.org/v1.19/server-server-api/#restricted-rooms
+func (m *Membership) checkRestricted(now *Room) error {
+	user := m.Event.authoriserID()
+	if m.Event.membership != "join" || user == "" || user.Server() != m.Ask.To || !now.needsCondition(m.Event.sender) {
+		return nil
+	}
+	if err := now.checkConditions(); err != nil {
+		return err
+	}
+	if !mayInvite(now.state, user) {
+		return refuse(ErrUnableToGrantJoin, "%s cannot authorise joins any more", user)
+	}
+	return nil
+}
+
+// needsCondition tells whether user, being neither invited nor joined, may only join by meeting a condition.
+func (r *Room) needsCondition(user UserID) bool {
+	switch joinRuleOf(r.Version.rules(), r.state) {
+	case "restricted", "knock_restricted":
+		member := membershipOf(r.state, user)
+		return member != "invite" && member != "join"
+	}
+	return false
+}
+
+// conditions are the rooms of which one must have joined the user.
+func (r *Room) conditions() (rooms []RoomID) {
+	rule := r.state(typeJoinRules, "")
+	if rule == nil {
+		return nil
+	}
+	for entry := range rule.content.get("allow").elements() {
+		typ, _ := entry.get("type").str()
+		room, ok := entry.get("room_id").str()
+		if typ == "m.room_membership" && ok && !slices.Contains(rooms, RoomID(room)) {
+			rooms = append(rooms, RoomID(room))
+		}
+	}
+	return rooms[:min(len(rooms), maxConditions)]
+}
+
+// maxConditions bounds how many rooms a host is asked about for one join.
+const maxConditions = 64
+
+// checkConditions tells whether the user asked about is in one of the rooms that the join rule names. One satisfied
+// condition is enough; one that cannot be checked leaves the decision to other servers.
+func (r *Room) checkConditions() error {
+	unknown := false
+	for _, room := range r.conditions() {
+		joined, checked := r.Joined[room]
+		if joined {
+			return nil
+		}
+		unknown = unknown || !checked
+	}
+	if unknown {
+		return refuse(ErrUnableToAuthoriseJoin, "this server is not in the rooms that decide about the join")
+	}
+	return refuse(ErrForbidden, "no condition of the room lets the user join")
+}
+
+// factsFor is the question whose answer decides about an event of a member; facts are what is known of the room so far.
+func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
+	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id), State: slices.Clone(admissionState)}
+	for _, key := range authKeys(e) {
+		if !slices.Contains(ask.State, key) {
+			ask.State = append(ask.State, key)
+		}
+	}
+	if user := e.authoriserID(); user != "" && e.membership == "join" {
+		ask.User, ask.Allow = e.sender, facts.conditions()
+	}
+	return ask
+}
+
+// admissionState are the entries that every request of another server about a room is judged by.
+var admissionState = []StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}, {typeServerACL, ""}}

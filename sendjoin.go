@@ -1,0 +1,347 @@
+package mxfed
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"net/http"
+	"slices"
+)
+
+// SendJoinRequest is a finished join on its way. https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
+type SendJoinRequest struct {
+	Event *Event
+	// OmitMembers tells the other server that it may leave member events out of the answer.
+	OmitMembers bool
+}
+
+// SendJoinResponse is the room before the join, in PDUs as they are stored.
+type SendJoinResponse struct {
+	// Event is the join with the resident server's signature. A host leaves it nil for the event as accepted; for a join
+	// that was accepted before it may return the stored copy.
+	Event *Event
+	// State is the state before the join, Auth the auth chains of the join and of State. A sequence opens nothing before
+	// it is ranged over, which happens once at most; an error ends it and the answer.
+	State, Auth iter.Seq2[[]byte, error]
+	// Servers have joined users. It is set exactly if member events were left out of State.
+	Servers []ServerName
+}
+
+// JoinHost stores joins of other servers' users in its rooms.
+type JoinHost interface {
+	// AcceptJoin stores the join atomically, once per event ID, passes it on to the room's servers and returns the room as
+	// it was before. In the transaction that stores it the host reads the facts of m.Ask again and calls m.Check. The
+	// event is verified, was allowed by the facts that Rooms answered, and carries this server's signature. An Error or
+	// ErrorCode decides the answer, other errors are 500.
+	AcceptJoin(ctx context.Context, m *Membership) (*SendJoinResponse, error)
+}
+
+// JoinHostFunc is a JoinHost that is one function.
+type JoinHostFunc func(ctx context.Context, m *Membership) (*SendJoinResponse, error)
+
+// AcceptJoin calls f.
+func (f JoinHostFunc) AcceptJoin(ctx context.Context, m *Membership) (*SendJoinResponse, error) {
+	return f(ctx, m)
+}
+
+// NewSendJoinHandler serves PUT send_join of version 2 and, unless Config.NoV1, version 1, which the specification has
+// dropped. It needs Config.Rooms: without it every room is unknown.
+// https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
+func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
+	serve := func(ctx context.Context, w http.ResponseWriter, in *incoming) error {
+		m, err := s.memberSent(ctx, in, "join")
+		if err != nil {
+			return err
+		}
+		m.OmitMembers = in.version == "v2" && in.query.Get("omit_members") == "true"
+		answer, err := host.AcceptJoin(ctx, m)
+		if err != nil {
+			return err
+		}
+		if answer == nil || len(answer.Servers) > 0 && !m.OmitMembers {
+			return errors.New("JoinHost left members out of an answer that was to have them, or gave none")
+		}
+		if answer.Event == nil {
+			answer.Event = m.Event
+		}
+		return answer.write(ctx, w, in)
+	}
+	versions := []string{"v1", "v2"}
+	if s.client.noV1 {
+		versions = versions[1:]
+	}
+	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: versions, serve: serve}
+}
+
+// memberSent makes every check of a member event that another server sends about its own user, and adds our signature.
+func (s *Server) memberSent(ctx context.Context, in *incoming, membership string) (*Membership, error) {
+	ask := RoomQuery{Origin: in.Origin, To: in.To, State: slices.Clone(admissionState)}
+	room, rules, err := readRoom(ctx, s.client.rooms, in.room(), ask)
+	if err != nil {
+		return nil, err
+	}
+	if err := room.checkACL(in.Origin); err != nil {
+		return nil, err
+	}
+	var p eventParser
+	e, err := p.parse(rules, []byte(in.body))
+	if err != nil {
+		return nil, err
+	}
+	if err := checkMemberForm(e, in, membership); err != nil {
+		return nil, err
+	}
+	v := s.client.events(ctx, []*Event{e})[0]
+	if v.err != nil {
+		return nil, v.err
+	}
+	if !e.hashOK {
+		return nil, refuse(ErrInvalidParam, "content hash is wrong")
+	}
+	if err := checkAuthoriser(e, in.To, v.authorised); err != nil {
+		return nil, err
+	}
+	m := &Membership{Event: e, Ask: factsFor(e, in.Origin, in.To, room)}
+	if room, _, err = readRoom(ctx, s.client.rooms, in.room(), m.Ask); err != nil {
+		return nil, err
+	}
+	return m, s.approve(ctx, m, room, in.signer)
+}
+
+// checkMemberForm checks what the event says against who sends it and where.
+func checkMemberForm(e *Event, in *incoming, membership string) error {
+	switch {
+	case e.room != in.room():
+		return refuse(ErrInvalidParam, "room_id differs from the path")
+	case e.id != EventID(in.id()):
+		return refuse(ErrInvalidParam, "event ID differs from the path")
+	case e.typ != typeMember:
+		return refuse(ErrInvalidParam, "event is not of type %s", typeMember)
+	case e.membership != membership:
+		return refuse(ErrInvalidParam, "membership is not %s", membership)
+	case e.sender.Server() != in.Origin:
+		return refuse(ErrInvalidParam, "sender is not of %s", in.Origin)
+	case !e.isState || e.stateKey != string(e.sender):
+		return refuse(ErrInvalidParam, "state_key is not the sender")
+	}
+	return nil
+}
+
+// checkAuthoriser checks who is said to authorise a join: a user of ours, about whom the room decides, or one of a server
+// that has signed already.
+func checkAuthoriser(e *Event, to ServerName, signed bool) error {
+	if !e.rules.restricted || e.authoriser == "" {
+		return nil
+	}
+	user := e.authoriserID()
+	if !user.valid() {
+		return refuse(ErrInvalidParam, "join_authorised_via_users_server is no user ID")
+	}
+	if user.Server() != to && !signed {
+		return refuse(ErrInvalidParam, "%s has not signed the event that its user authorises", user.Server())
+	}
+	return nil
+}
+
+// approve judges the event by the room's facts, signs it and makes sure that the signature holds.
+func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer *Signer) error {
+	if err := m.Check(room); err != nil {
+		return err
+	}
+	signed, err := approved{m.Event}.sign(signer)
+	if err != nil {
+		return err
+	}
+	m.Event = signed
+	var p eventParser
+	keys := keySet{verifier: &s.client.verifier}
+	keys.fetchKeys(ctx, []Key{{Server: signer.name, ID: signer.id}})
+	if pub := keys.known[keyName{signer.name, signer.id}].Public; pub == nil {
+		return fmt.Errorf("signer of %s does not know its own key", signer.name)
+	} else if sig, _ := signed.signatures(signer.name).get(string(signer.id)).str(); !verify(pub, p.signedBytes(signed), sig) {
+		return fmt.Errorf("signer of %s made a signature that does not verify", signer.name)
+	}
+	return nil
+}
+
+// write streams the answer. An error before anything was sent is returned; afterwards the answer is left unfinished, so
+// that the caller cannot take it for whole.
+func (r *SendJoinResponse) write(ctx context.Context, w http.ResponseWriter, in *incoming) error {
+	w.Header().Set("Content-Type", "application/json")
+	sent := &countingWriter{w: w}
+	b := bufio.NewWriterSize(sent, 64<<10)
+	err := r.encode(ctx, b, in.To, in.version)
+	if err == nil {
+		err = b.Flush()
+	}
+	if err == nil || sent.n == 0 {
+		return err
+	}
+	return &unfinishedError{err}
+}
+
+type countingWriter struct {
+	w http.ResponseWriter
+	n int
+}
+
+func (c *countingWriter) Write(b []byte) (int, error) {
+	n, err := c.w.Write(b)
+	c.n += n
+	return n, err
+}
+
+// encode writes the answer of either version.
+func (r *SendJoinResponse) encode(ctx context.Context, b *bufio.Writer, origin ServerName, version string) error {
+	if version == "v1" {
+		b.WriteString("[200,")
+	}
+	b.WriteString(`{"auth_chain":[`)
+	if err := writeEvents(ctx, b, r.Auth); err != nil {
+		return err
+	}
+	b.WriteString(`],"event":`)
+	b.WriteString(string(r.Event.text))
+	if len(r.Servers) > 0 {
+		b.WriteString(`,"members_omitted":true`)
+	}
+	b.WriteString(`,"origin":`)
+	b.WriteString(string(quoted(origin)))
+	if len(r.Servers) > 0 {
+		names := make([]value, len(r.Servers))
+		for i, n := range r.Servers {
+			names[i] = quoted(n)
+		}
+		b.WriteString(`,"servers_in_room":`)
+		b.WriteString(string(array(names...)))
+	}
+	b.WriteString(`,"state":[`)
+	if err := writeEvents(ctx, b, r.State); err != nil {
+		return err
+	}
+	b.WriteString("]}")
+	if version == "v1" {
+		b.WriteString("]")
+	}
+	return nil
+}
+
+func writeEvents(ctx context.Context, b *bufio.Writer, events iter.Seq2[[]byte, error]) error {
+	if events == nil {
+		return nil
+	}
+	first := true
+	for pdu, err := range events {
+		if err == nil {
+			err = ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+		if !first {
+			b.WriteByte(',')
+		}
+		first = false
+		if _, err := b.Write(pdu); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// SendJoin sends a finished join to one server and returns its answer as it is: unverified, and whole in memory. Join is
+// the way to join a room; SendJoin serves tests and tools. https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
+func (c *Client) SendJoin(ctx context.Context, to ServerName, req *SendJoinRequest) (*SendJoinResponse, error) {
+	ctx, cancel := context.WithTimeout(ctx, joinTimeout)
+	defer cancel()
+	body, v1, err := c.sendJoin(ctx, to, req)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	var state, auth [][]byte
+	reader := answerReader{in: body, max: c.maxAnswer}
+	rest, err := reader.read(v1, func(list string, text []byte) error {
+		if list == listState {
+			state = append(state, bytes.Clone(text))
+		} else {
+			auth = append(auth, bytes.Clone(text))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, c.malformed(to, "send_join", err)
+	}
+	answer := &SendJoinResponse{State: sequence(state), Auth: sequence(auth)}
+	if event := rest["event"]; event != "" {
+		if answer.Event, err = ParseEvent(req.Event.Version(), []byte(event)); err != nil {
+			return nil, c.malformed(to, "send_join", err)
+		}
+	}
+	if answer.Servers, err = omittedServers(rest, req.OmitMembers); err != nil {
+		return nil, c.malformed(to, "send_join", err)
+	}
+	return answer, nil
+}
+
+func sequence(pdus [][]byte) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		for _, pdu := range pdus {
+			if !yield(pdu, nil) {
+				return
+			}
+		}
+	}
+}
+
+// sendJoin sends a join in version 2 or, if the other server does not know it, in version 1, and returns the body of the
+// answer, which the caller closes.
+func (c *Client) sendJoin(ctx context.Context, to ServerName, req *SendJoinRequest) (body io.ReadCloser, v1 bool, err error) {
+	e := req.Event
+	if e == nil || e.typ != typeMember {
+		return nil, false, refuse(ErrInvalidParam, "event is no join")
+	}
+	q := &call{from: c.signer(e.sender.Server()), to: to, endpoint: "send_join", method: http.MethodPut, body: e.text,
+		uri: federationURI("v2", "send_join", string(e.room), string(e.id))}
+	if q.from == nil {
+		return nil, false, refuse(ErrInvalidParam, "%s is no user of this server", e.sender)
+	}
+	if req.OmitMembers {
+		q.uri += "?omit_members=true"
+	}
+	answer, err := c.send(ctx, q)
+	if old, ok := err.(*Error); ok && !c.noV1 && old.unimplemented() {
+		q.uri, v1 = federationURI("v1", "send_join", string(e.room), string(e.id)), true
+		answer, err = c.send(ctx, q)
+	}
+	if err != nil {
+		return nil, false, err
+	}
+	return answer.Body, v1, nil
+}
+
+// omittedServers reads who is in the room, which an answer that leaves members out must say.
+func omittedServers(rest map[string]value, asked bool) ([]ServerName, error) {
+	if rest["members_omitted"] != "true" {
+		return nil, nil
+	}
+	if !asked {
+		return nil, errors.New("members were omitted without being asked for")
+	}
+	var servers []ServerName
+	for entry := range rest["servers_in_room"].elements() {
+		name, _ := entry.str()
+		if !ServerName(name).valid() {
+			return nil, errors.New("servers_in_room holds something else than server names")
+		}
+		servers = append(servers, ServerName(name))
+	}
+	if len(servers) == 0 {
+		return nil, errors.New("members were omitted without servers_in_room")
+	}
+	return servers, nil
+}
