@@ -369,7 +369,6 @@ func TestAuth_RequiredLevel(t *testing.T) {
 		"state, state_default":           {state: with(`{"state_default":0}`), event: name, allowed: "1-12"},
 		"state, not events_default":      {state: with(`{"events_default":0}`), event: name, allowed: "none"},
 		"state, level of the type":       {state: with(`{"events":{"m.room.name":0}}`), event: name, allowed: "1-12"},
-		"level as string":                {state: with(`{"users_default":0,"users":{"@bob:b.example":50}}`), event: name, allowed: "1-12"},
 	})
 }
 

@@ -3,7 +3,6 @@ package mxfed
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -237,50 +236,4 @@ func (c *Client) buildCreate(v RoomVersion, d *draft, signer *Signer) (*Event, e
 		return nil, err
 	}
 	return approved{event}.sign(signer)
-}
-
-var errNoLatest = errors.New("mxfed: RoomSource gave no latest events")
-
-// authKeys lists the state entries that d's auth events are selected from, in any room version.
-func (d *draft) authKeys() []StateKey {
-	key := ""
-	if d.stateKey != nil {
-		key = *d.stateKey
-	}
-	return authKeysFor(anyAuthRules, d.typ, key, d.stateKey != nil, d.sender, d.content)
-}
-
-// anyAuthRules select every entry that some room version selects.
-var anyAuthRules = RoomVersion("11").rules()
-
-// place puts d at the end of the room's graph.
-func (d *draft) place(rules *roomRules, room *Room) error {
-	if len(room.Latest) == 0 {
-		return errNoLatest
-	}
-	latest := slices.Clone(room.Latest)
-	slices.SortStableFunc(latest, func(a, b *Event) int { return int(min(max(b.depth-a.depth, -1), 1)) })
-	latest = latest[:min(len(latest), maxPrevEvents)]
-	d.depth = min(latest[0].depth, rules.maxDepth-1) + 1
-	d.prev = references(latest)
-	key := ""
-	if d.stateKey != nil {
-		key = *d.stateKey
-	}
-	var auth []*Event
-	for _, k := range authKeysFor(rules, d.typ, key, d.stateKey != nil, d.sender, d.content) {
-		if e := room.state(k.Type, k.Key); e != nil {
-			auth = append(auth, e)
-		}
-	}
-	d.auth = references(auth)
-	return nil
-}
-
-func references(events []*Event) value {
-	refs := make([]value, len(events))
-	for i, e := range events {
-		refs[i] = e.reference()
-	}
-	return array(refs...)
 }

@@ -6,77 +6,17 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"slices"
-	"strings"
-	"unicode/utf8"
-
-	"golang.org/x/crypto/ed25519"
 )
 
-// maxIDLength is the limit of user, room and event IDs, event types and state keys, in bytes, and maxEventSize that of a
-// whole event in canonical form. https://spec.matrix.org/v1.19/client-server-api/#size-limits
-const (
-	maxIDLength  = 255
-	maxEventSize = 65536
-)
+// maxEventSize is the limit of a whole event in canonical form, in bytes.
+// https://spec.matrix.org/v1.19/client-server-api/#size-limits
+const maxEventSize = 65536
 
 // An event's lists are limited too. https://spec.matrix.org/v1.19/server-server-api/#pdus
 const (
 	maxPrevEvents = 20
 	maxAuthEvents = 10
 )
-
-// UserID is "@localpart:server". Localparts that are only historically valid are accepted from other servers.
-// https://spec.matrix.org/v1.19/appendices/#user-identifiers
-type UserID string
-
-// Server is what follows the first colon.
-func (u UserID) Server() ServerName {
-	_, server, _ := strings.Cut(string(u), ":")
-	return ServerName(server)
-}
-
-// valid tells whether u is a user ID, historical localparts included.
-func (u UserID) valid() bool {
-	local, server, ok := strings.Cut(string(u), ":")
-	return ok && strings.HasPrefix(local, "@") && len(u) <= maxIDLength && utf8.ValidString(local) &&
-		strings.IndexByte(local, 0) < 0 && ServerName(server).valid()
-}
-
-// RoomID is an opaque identifier of a room; its form depends on the room version.
-// https://spec.matrix.org/v1.19/appendices/#room-ids
-type RoomID string
-
-// fits tells whether id has the form of a room ID in the room version.
-func (id RoomID) fits(rules *roomRules) bool {
-	if rules.hashRoomID {
-		return len(id) == 44 && id[0] == '!' && isURLBase64(string(id[1:]))
-	}
-	opaque, server, ok := strings.Cut(string(id), ":")
-	return ok && strings.HasPrefix(opaque, "!") && len(id) <= maxIDLength && utf8.ValidString(opaque) &&
-		strings.IndexByte(opaque, 0) < 0 && ServerName(server).valid()
-}
-
-func isURLBase64(s string) bool {
-	_, err := base64.RawURLEncoding.DecodeString(s)
-	return err == nil && !strings.ContainsAny(s, "\r\n")
-}
-
-// EventID is an opaque identifier of an event. https://spec.matrix.org/v1.19/appendices/#event-ids
-type EventID string
-
-// valid tells whether id has the form that all room versions share.
-func (id EventID) valid() bool {
-	return strings.HasPrefix(string(id), "$") && len(id) > 1 && len(id) <= maxIDLength && utf8.ValidString(string(id))
-}
-
-// server is the domain of an event ID of room versions 1 and 2.
-func (id EventID) server() ServerName {
-	_, server, _ := strings.Cut(string(id), ":")
-	return ServerName(server)
-}
-
-// StateKey names one entry of a room's state.
-type StateKey struct{ Type, Key string }
 
 // Event is a PDU, parsed once and strictly, and immutable. All that its methods return was read from the canonical form
 // that its hashes and signatures cover; unsigned is not part of it. Methods may be called at any time from any goroutine
@@ -484,17 +424,6 @@ func redactContent(r *redactionRules, typ string, content value) value {
 	return value(closeObject(b))
 }
 
-// signedBytes appends what signatures of the event cover: its redacted form.
-// https://spec.matrix.org/v1.19/server-server-api/#signing-events
-func (p *eventParser) signedBytes(e *Event) []byte {
-	p.fields = p.fields[:0]
-	for k, m := range e.text.members() {
-		p.fields = append(p.fields, field{k, m})
-	}
-	p.buf = appendRedacted(p.buf[:0], e.rules, e.typ, p.fields, false)
-	return p.buf
-}
-
 // redact returns the redacted copy of e with which the room goes on when the content hash is wrong.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (e *Event) redact() (*Event, error) {
@@ -515,189 +444,4 @@ func (e *Event) reference() value {
 		return quoted(e.id)
 	}
 	return array(quoted(e.id), object(field{"sha256", quoted(base64.RawStdEncoding.EncodeToString(e.hash[:]))}))
-}
-
-// signatures returns the object of signatures by key ID of one server.
-func (e *Event) signatures(server ServerName) value {
-	return e.text.get("signatures").get(string(server))
-}
-
-// signers lists the servers whose signatures the event needs; exempt: that of the sender's server may be missing, because
-// a third-party invite may be sent on the inviter's behalf. The exemption is judged on the full event: with a wrong hash
-// anybody could have written that content. https://spec.matrix.org/v1.19/server-server-api/#validating-hashes-and-signatures-on-received-events
-func (e *Event) signers() (servers []ServerName, exempt bool) {
-	servers = []ServerName{e.sender.Server()}
-	if e.rules.eventID == idGiven && e.id.server() != servers[0] {
-		servers = append(servers, e.id.server())
-	}
-	exempt = e.typ == typeMember && e.membership == "invite" && e.content.get("third_party_invite").isObject() &&
-		(e.hashOK || e.redacted)
-	return servers, exempt
-}
-
-// authoriserID is the user whose server vouches for a restricted join, "" if e names none or its version knows none.
-func (e *Event) authoriserID() UserID {
-	if !e.rules.restricted {
-		return ""
-	}
-	user, _ := e.authoriser.str()
-	return UserID(user)
-}
-
-// wantedKeys appends the keys that decide about the signatures of e.
-func (e *Event) wantedKeys(keys []Key) []Key {
-	servers, _ := e.signers()
-	if user := e.authoriserID(); user.valid() && !slices.Contains(servers, user.Server()) {
-		servers = append(servers, user.Server())
-	}
-	for _, server := range servers {
-		for id := range e.signatures(server).members() {
-			if strings.HasPrefix(id, ed25519Prefix) {
-				key := Key{Server: server, ID: KeyID(id)}
-				if e.rules.keyValidity {
-					key.At = millis(e.ts)
-				}
-				keys = append(keys, key)
-			}
-		}
-	}
-	return keys
-}
-
-// keyFunc returns the public key of a server, nil if it is not known or not usable for the event at hand.
-type keyFunc func(ServerName, KeyID) ed25519.PublicKey
-
-// signatureError says whose signature is missing or wrong. Refuted: a known key contradicts it; otherwise keys may have
-// been missing.
-type signatureError struct {
-	server  ServerName
-	refuted bool
-}
-
-func (e *signatureError) Error() string {
-	if e.refuted {
-		return "bad signature of " + string(e.server)
-	}
-	return "no valid signature of " + string(e.server)
-}
-
-// checkSignatures checks the signatures that the event needs, and whether the server of the user who authorised a
-// restricted join has signed.
-// https://spec.matrix.org/v1.19/server-server-api/#validating-hashes-and-signatures-on-received-events
-func (p *eventParser) checkSignatures(e *Event, key keyFunc) (authorised bool, err error) {
-	message := p.signedBytes(e)
-	servers, exempt := e.signers()
-	for i, server := range servers {
-		if i == 0 && exempt && e.signatures(server) == "" {
-			continue
-		}
-		if err := e.signedBy(server, message, key); err != nil {
-			return false, err
-		}
-	}
-	if user := e.authoriserID(); user.valid() {
-		authorised = slices.Contains(servers, user.Server()) && !exempt || e.signedBy(user.Server(), message, key) == nil
-	}
-	return authorised, nil
-}
-
-// signedBy demands that every signature of server whose key is known and usable is right, and that there is one.
-// Signatures by other keys are passed over, such as those of policy servers, whose key is not published.
-func (e *Event) signedBy(server ServerName, message []byte, key keyFunc) error {
-	counted := false
-	for id, sig := range e.signatures(server).members() {
-		if !strings.HasPrefix(id, ed25519Prefix) {
-			continue
-		}
-		pub := key(server, KeyID(id))
-		if pub == nil {
-			continue
-		}
-		text, ok := sig.str()
-		if !ok || !verify(pub, message, text) {
-			return &signatureError{server: server, refuted: true}
-		}
-		counted = true
-	}
-	if !counted {
-		return &signatureError{server: server}
-	}
-	return nil
-}
-
-// approved is an event that a check has found fit for this server's signature. Signing takes nothing else, so that no
-// path leads from bytes of another server to a signature without a check.
-type approved struct{ event *Event }
-
-// sign returns the event with the signature of s added beside those it has.
-func (a approved) sign(s *Signer) (*Event, error) {
-	var p eventParser
-	sig, err := s.sign(p.signedBytes(a.event))
-	if err != nil {
-		return nil, err
-	}
-	return a.event.withSignature(s.name, s.id, sig)
-}
-
-// withSignature returns a copy of e that has one more signature.
-func (e *Event) withSignature(server ServerName, id KeyID, sig string) (*Event, error) {
-	signed := *e
-	if signed.text = withSignature(e.text, server, id, sig); len(signed.text) > maxEventSize {
-		return nil, refuse(ErrTooLarge, "event is larger than %d bytes when signed", maxEventSize)
-	}
-	return &signed, nil
-}
-
-// draft is the material of an event that this server makes. prev and auth are in the form of the room version.
-type draft struct {
-	room       RoomID // "" for a create event whose hash names the room
-	typ        string
-	stateKey   *string
-	sender     UserID
-	content    value
-	prev, auth value
-	depth, ts  int64
-	origin     ServerName // "" leaves the member out
-}
-
-// originFor is the member origin of an event of an own server: room versions up to 10 protect it from redaction, and some
-// servers still expect it there.
-func originFor(rules *roomRules, own ServerName) ServerName {
-	if slices.Contains(rules.redaction.topLevel, "origin") {
-		return own
-	}
-	return ""
-}
-
-// fields are the members of the event that d describes.
-func (d *draft) fields() []field {
-	fields := []field{
-		{"type", quoted(d.typ)}, {"sender", quoted(d.sender)}, {"content", d.content}, {"prev_events", d.prev},
-		{"auth_events", d.auth}, {"depth", integer(d.depth)}, {"origin_server_ts", integer(d.ts)},
-	}
-	if d.room != "" {
-		fields = append(fields, field{"room_id", quoted(d.room)})
-	}
-	if d.stateKey != nil {
-		fields = append(fields, field{"state_key", quoted(*d.stateKey)})
-	}
-	if d.origin != "" {
-		fields = append(fields, field{"origin", quoted(d.origin)})
-	}
-	return fields
-}
-
-// build makes an event of d, with hashes and without signatures.
-func (d *draft) build(rules *roomRules) (*Event, error) {
-	fields := d.fields()
-	if rules.eventID == idGiven { // any unique name will do; this one makes the same event twice from the same material
-		sum := sha256.Sum256([]byte(object(slices.Clone(fields)...)))
-		name := base64.RawURLEncoding.EncodeToString(sum[:18])
-		fields = append(fields, field{"event_id", quoted("$" + name + ":" + string(d.sender.Server()))})
-	}
-	sum := sha256.Sum256([]byte(object(fields...)))
-	hashes := object(field{"sha256", quoted(base64.RawStdEncoding.EncodeToString(sum[:]))})
-	text := object(append(fields, field{"hashes", hashes}, field{"signatures", "{}"})...)
-	var p eventParser
-	return p.parse(rules, []byte(text))
 }

@@ -1,6 +1,41 @@
+// Package mxfed speaks Matrix federation's invites and joins: handlers for a host's own mux, and a client that mirrors
+// them. It holds the protocol: strict JSON, signatures, keys, server discovery, the authorisation rules of room versions 1
+// to 12, and every check that the specification demands of both sides. Storage and policy stay with the host.
+//
+// # Usage
+//
+// A [Server] is made of a [Config] by [NewServer]; a [Signer] for the server's name is all it must have. [NewHandler] serves
+// what the host offers in [Hosts]: an [InviteHost] takes invites to its users, a [JoinHost] takes joins to its rooms. Rooms
+// are known to the library only through [RoomSource], which states facts. [Client] invites and joins: [Client.InviteUser]
+// and [Client.Join] do all of it, [Client.Invite], [Client.MakeJoin] and [Client.SendJoin] are the single steps, [Client.Do]
+// makes any signed call. [Server.Build], [Server.Verify], [Server.Authenticate] and [AllowedByACL] are there so that a host
+// needs no second library for its own endpoints.
+//
+// # What the library decides and what the host decides
+//
+// The library decides whether a request is genuine, whether an event is well formed, signed and allowed, what is signed,
+// and what is answered. The host decides whether its users want an invite, stores events, states facts of its rooms,
+// passes events on to other servers, and resolves state. A fact that a host leaves out never lets anyone in. Races between
+// requests are settled in the host's own transaction by [Membership.Check].
+//
+// # Security considerations
+//
+// Whatever comes from another server is hostile until a check has passed. JSON is read once, strictly, into the canonical
+// form that hashes and signatures cover, and everything is read from that form: there is no second reading to disagree
+// with. Events are signed only through a type that the checks alone produce; a template of another server is material and
+// never signed as it is. A host's method is called only after every check that needs no host. Bodies, answers, lists,
+// nesting and waiting are bounded. Requests go to public addresses only, unless a [Resolver] is told otherwise, and never
+// follow redirects. Signatures are judged as crypto/ed25519 does, without batching, and keys or signatures with points of
+// small order are refused, so that all servers of a room decide alike. Verification cannot be switched off.
+//
+// Errors returned to other servers say what was wrong with their request; errors of the host's own making are logged and
+// answered as 500 without details.
 package mxfed
 
-import "net/http"
+import (
+	"net/http"
+	"strings"
+)
 
 // Hosts is what a server offers; nil fields are answered with 404 M_UNRECOGNIZED.
 type Hosts struct {
@@ -29,7 +64,7 @@ func NewHandler(s *Server, h Hosts) http.Handler {
 				return
 			}
 			err = errUnrecognized(http.StatusNotFound)
-		} else if isKeyPath(t.uri) {
+		} else if strings.HasPrefix(t.uri, "/_matrix/key/") {
 			keys.ServeHTTP(w, r)
 			return
 		}

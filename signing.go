@@ -2,10 +2,12 @@ package mxfed
 
 import (
 	"bytes"
+	"cmp"
 	"crypto"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -142,10 +144,10 @@ func publishable(id KeyID) bool {
 func (s *Signer) Name() ServerName { return s.name }
 
 // String names the server and the key ID, never the key.
-func (s *Signer) String() string { return string(s.name) + " " + string(s.id) }
+func (s Signer) String() string { return string(s.name) + " " + string(s.id) }
 
-// GoString is String, so that %#v does not print the key either.
-func (s *Signer) GoString() string { return s.String() }
+// Format is String for every verb, so that none of them prints the key, not even of a copy.
+func (s Signer) Format(f fmt.State, _ rune) { io.WriteString(f, s.String()) }
 
 // sign returns the signature of message in unpadded base64.
 func (s *Signer) sign(message []byte) (string, error) {
@@ -279,6 +281,9 @@ func decodeBase64(s string) ([]byte, error) {
 // for hosts that use an HTTP client of their own. body is the request's JSON body, nil for none.
 // https://spec.matrix.org/v1.19/server-server-api/#request-authentication
 func (s *Signer) SignRequest(r *http.Request, to ServerName, body []byte) error {
+	if !to.valid() {
+		return fmt.Errorf("mxfed: sign request: %q is no server name", to)
+	}
 	content := value("")
 	if body != nil {
 		var reader jsonReader
@@ -288,7 +293,7 @@ func (s *Signer) SignRequest(r *http.Request, to ServerName, body []byte) error 
 		}
 		content = value(text)
 	}
-	sig, err := s.sign(requestBytes(r.Method, r.URL.RequestURI(), s.name, to, content))
+	sig, err := s.sign(requestBytes(cmp.Or(r.Method, http.MethodGet), r.URL.RequestURI(), s.name, to, content))
 	if err != nil {
 		return fmt.Errorf("mxfed: %w", err)
 	}
@@ -298,6 +303,9 @@ func (s *Signer) SignRequest(r *http.Request, to ServerName, body []byte) error 
 
 // authorize sets the header, in the form that the oldest servers can read as well.
 func (s *Signer) authorize(r *http.Request, to ServerName, sig string) {
+	if r.Header == nil {
+		r.Header = make(http.Header)
+	}
 	r.Header.Set("Authorization", fmt.Sprintf(`X-Matrix origin="%s",destination="%s",key="%s",sig="%s"`, s.name, to, s.id, sig))
 }
 

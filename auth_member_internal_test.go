@@ -185,7 +185,7 @@ func TestAuth_ThirdPartyInvite(t *testing.T) {
 		return signed
 	}
 	public, second := quoted(base64.RawStdEncoding.EncodeToString(key(signer))), quoted(base64.RawStdEncoding.EncodeToString(key(other)))
-	const content value = `{"mxid":"@carol:c.example","token":"secret","extra":1}`
+	const content value = `{"extra":1,"mxid":"@carol:c.example","token":"secret"}`
 	signed := sign(signer, content)
 	sig, _ := signed.get("signatures").get("identity.example").get("ed25519:0").str()
 	signatures := func(v value) value { return content.with("signatures", v) }
