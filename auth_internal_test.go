@@ -520,3 +520,20 @@ func TestAuth_StrangeContent(t *testing.T) {
 		}
 	}
 }
+
+// A join answer holds hundreds of thousands of events: to judge an ordinary one takes no memory.
+func TestAuth_AllocatesNothing(t *testing.T) {
+	for _, rules := range stableVersions {
+		r := newAuthRoom(t, rules, "")
+		auth := []*Event{r.event(t, authLevels(`{"users":{"@bob:b.example":1}}`)), r.event(t, authRule("public")), r.event(t, authMember(authBob, "join"))}
+		if !rules.hashRoomID {
+			auth = append(auth, r.create)
+		}
+		join := r.event(t, authMember(authBob, "join"))
+		require.Zero(t, testing.AllocsPerRun(10, func() {
+			if checkAuthEvents(join, auth) != nil || authorise(join, stateOf(auth, r.create), false) != nil {
+				t.Fatal("refused")
+			}
+		}))
+	}
+}

@@ -321,8 +321,9 @@ func TestAuth_Knock(t *testing.T) {
 		}
 		state = append(state, authMember(authAlice, "join"))
 		cases := map[string]authCase{
-			"from nothing": {state: state, event: authMember(authBob, "knock"), allowed: versions},
-			"for another":  {state: state, event: authChange(authAlice, authBob, "knock"), allowed: "none"},
+			"from nothing":              {state: state, event: authMember(authBob, "knock"), allowed: versions},
+			"for another":               {state: state, event: authChange(authAlice, authBob, "knock"), allowed: "none"},
+			"for another, from outside": {state: state, event: authChange(authCarol, authBob, "knock"), allowed: "none"},
 		}
 		for membership, may := range map[string]bool{"leave": true, "knock": true, "join": false, "invite": false, "ban": false} {
 			allowed := versions

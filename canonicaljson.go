@@ -132,7 +132,7 @@ func (r *jsonReader) object() error {
 	r.pos++
 	r.out = append(r.out, '{')
 	first, sorted := len(r.members), true
-	for c := r.next(); c != '}' || len(r.members) > first; {
+	for c := r.next(); c != '}'; {
 		if r.next() != '"' {
 			return r.fail("expected a member name")
 		}

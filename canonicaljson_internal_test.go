@@ -104,7 +104,7 @@ func TestCanonical_NumberRules(t *testing.T) {
 // What a reader left behind, a failed reading above all, has no influence on the next one.
 func TestCanonical_ReaderIsReusable(t *testing.T) {
 	var r jsonReader
-	for range 2 {
+	for range maxJSONDepth + 1 {
 		for src, want := range map[string]string{
 			`{"z":{"b":1,"a":[`: "", `{"b":2,"a":{"d":1,"c":0}}`: `{"a":{"c":0,"d":1},"b":2}`,
 			strings.Repeat("[", 300): "", `{"a":1,"a":2}`: "", `[]`: `[]`, `{"k":1`: "", `{}`: `{}`,

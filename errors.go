@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -129,30 +130,32 @@ func because(err error, code ErrorCode, format string, args ...any) error {
 // answerTo turns any error into the one to send. Errors of other servers and of the host's own making say nothing
 // outside but that something failed.
 func answerTo(err error) *Error {
-	var code ErrorCode
-	var e *Error
+	var first interface{ answer() Error } // an Error or an ErrorCode, whichever is further out
 	switch {
-	case errors.As(err, &e) && e.Server == "":
-		answer := *e
+	case errors.As(err, &first):
+		answer := first.answer()
+		if answer.Server != "" {
+			return &Error{Code: ErrUnknown, Message: "another server failed", Status: http.StatusBadGateway, Err: err}
+		}
 		if answer.Code == "" {
 			answer.Code = ErrUnknown
 		}
-		if answer.Status == 0 {
+		if answer.Status < 400 || answer.Status > 599 { // anything else would promise success, or make net/http panic
 			answer.Status = answer.Code.status()
 		}
 		return &answer
-	case e == nil && errors.As(err, &code):
-		return &Error{Code: code, Status: code.status(), Err: err}
-	case e != nil:
-		return &Error{Code: ErrUnknown, Message: "another server failed", Status: http.StatusBadGateway, Err: err}
 	case errors.Is(err, context.DeadlineExceeded), errors.Is(err, context.Canceled):
 		return &Error{Code: ErrUnknown, Message: "timed out", Status: http.StatusServiceUnavailable, Err: err}
 	}
 	return &Error{Code: ErrUnknown, Message: "internal error", Status: http.StatusInternalServerError, Err: err}
 }
 
-// WriteError writes err as every handler of this package does: an Error or ErrorCode anywhere in it decides status and
-// body, anything else is 500 M_UNKNOWN without details. https://spec.matrix.org/v1.19/client-server-api/#standard-error-response
+func (c ErrorCode) answer() Error { return Error{Code: c} }
+func (e *Error) answer() Error    { return *e }
+
+// WriteError writes err as every handler of this package does: the outermost Error or ErrorCode in it decides status and
+// body, another server's error is 502 M_UNKNOWN, anything else is 500 M_UNKNOWN without details.
+// https://spec.matrix.org/v1.19/client-server-api/#standard-error-response
 func WriteError(w http.ResponseWriter, err error) {
 	e := answerTo(err)
 	fields := []field{{"errcode", quoted(e.Code)}, {"error", quoted(strings.ToValidUTF8(e.Message, "\uFFFD"))}}
@@ -161,7 +164,7 @@ func WriteError(w http.ResponseWriter, err error) {
 	}
 	if e.Status == http.StatusTooManyRequests {
 		wait := max(e.RetryAfter, time.Second)
-		w.Header().Set("Retry-After", strconv.FormatInt(int64((wait+time.Second-1)/time.Second), 10))
+		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(wait.Seconds())), 10))
 		fields = append(fields, field{"retry_after_ms", integer(wait.Milliseconds())})
 	}
 	writeJSON(w, e.Status, object(fields...))
@@ -217,7 +220,7 @@ func retryAfter(header string, now time.Time) (time.Duration, bool) {
 		return cappedWait(seconds, time.Second), true
 	}
 	at, err := http.ParseTime(header)
-	return cappedWait(int64(at.Sub(now)/time.Second), time.Second), err == nil
+	return cappedWait(int64(at.Sub(now)), time.Nanosecond), err == nil
 }
 
 // unimplemented tells whether e says that the server does not have the endpoint at all, so that an older one is worth a
@@ -231,10 +234,11 @@ func (e *Error) unimplemented() bool {
 }
 
 // ClientError picks from err what to tell the host's own client, with status and code of the client-server API: what the
-// other server said where the specification hands it on, 502 M_UNKNOWN where it does not, 504 where nobody answered.
+// other server said where the specification hands it on, 502 M_UNKNOWN where it does not, 504 where nobody answered. The
+// result wraps what another server said, names no server itself and may be given to WriteError.
 // https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2inviteroomideventid
 func ClientError(err error) *Error {
-	best, rank := (*Error)(nil), -1
+	best, rank := (*Error)(nil), 0
 	walkErrors(err, func(e *Error) {
 		if r := e.telling(); r > rank {
 			best, rank = e, r
@@ -243,15 +247,12 @@ func ClientError(err error) *Error {
 	if best == nil {
 		return answerTo(err)
 	}
-	if best.Server == "" {
-		return answerTo(best)
-	}
 	told := *best
-	told.Err = err
+	told.Server, told.Endpoint, told.Err = "", "", err
 	switch {
-	case told.Code == ErrIncompatibleRoomVersion && told.Endpoint == "invite", told.Code == ErrUnsupportedRoomVersion:
+	case told.Code == ErrIncompatibleRoomVersion && best.Endpoint == "invite", told.Code == ErrUnsupportedRoomVersion:
 		told.Code, told.Status = ErrUnsupportedRoomVersion, http.StatusBadRequest
-	case told.handedOn():
+	case best.handedOn():
 	case told.Status == 0:
 		told.Code, told.Message, told.Status = ErrUnknown, "the other server could not be reached", http.StatusGatewayTimeout
 	default:
@@ -266,13 +267,15 @@ func (e *Error) handedOn() bool {
 		return e.Code != ErrMissingParam && e.Code != ErrInvalidParam
 	}
 	switch e.Status {
-	case http.StatusBadRequest, http.StatusForbidden, http.StatusNotFound, http.StatusTooManyRequests:
+	case http.StatusBadRequest, http.StatusForbidden, http.StatusTooManyRequests:
 		return true
+	case http.StatusNotFound: // but a client would take a missing endpoint for one of ours
+		return !e.unimplemented()
 	}
 	return false
 }
 
-// telling ranks errors by what they tell a user when several servers failed.
+// telling ranks errors by what they tell a user when several servers failed; 0 for those that are no server's.
 func (e *Error) telling() int {
 	switch {
 	case e.Server == "":
@@ -289,10 +292,11 @@ func (e *Error) telling() int {
 	return 4
 }
 
-// walkErrors calls visit for every Error in the tree of err, outermost first.
+// walkErrors calls visit for every Error in the tree of err but those that are the cause of another one.
 func walkErrors(err error, visit func(*Error)) {
 	if e, ok := err.(*Error); ok {
 		visit(e)
+		return
 	}
 	switch wrapped := err.(type) {
 	case interface{ Unwrap() error }:

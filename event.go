@@ -393,35 +393,36 @@ func appendHashed(b []byte, fields []field) []byte {
 // appendRedacted appends the redacted form of an event, without signatures if that is what will be hashed or signed.
 // https://spec.matrix.org/v1.19/client-server-api/#redactions and the page of each room version
 func appendRedacted(b []byte, rules *roomRules, typ string, fields []field, signatures bool) []byte {
-	start := len(b)
-	object := b[start:]
 	for _, f := range fields {
 		if !slices.Contains(rules.redaction.topLevel, f.key) || f.key == "signatures" && !signatures {
 			continue
 		}
-		if f.key == "content" {
-			f.value = redactContent(rules.redaction, typ, f.value)
+		if f.key != "content" {
+			b = appendMember(b, f.key, f.value)
+			continue
 		}
-		object = appendMember(object, f.key, f.value)
+		b = appendMember(b, f.key, "")
+		b = appendRedactedContent(b, rules.redaction, typ, f.value)
 	}
-	return append(b[:start], closeObject(object)...)
+	return closeObject(b)
 }
 
-func redactContent(r *redactionRules, typ string, content value) value {
+func appendRedactedContent(b []byte, r *redactionRules, typ string, content value) []byte {
 	keys, all := r.keeps(typ)
 	if all || !content.isObject() {
-		return content
+		return append(b, content...)
 	}
-	var b []byte
+	start := len(b)
+	kept := b[start:]
 	for k, m := range content.members() {
 		switch {
 		case slices.Contains(keys, k):
-			b = appendMember(b, k, m)
+			kept = appendMember(kept, k, m)
 		case k == "third_party_invite" && typ == typeMember && r.signed && m.isObject():
-			b = appendMember(b, k, object(field{"signed", m.get("signed")}))
+			kept = appendMember(kept, k, object(field{"signed", m.get("signed")}))
 		}
 	}
-	return value(closeObject(b))
+	return append(b[:start], closeObject(kept)...)
 }
 
 // redact returns the redacted copy of e with which the room goes on when the content hash is wrong.

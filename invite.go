@@ -150,11 +150,13 @@ func (s *Server) invited(ctx context.Context, in *incoming) (*Invite, value, err
 
 // readInvite takes the body apart as its version demands.
 func (s *Server) readInvite(in *incoming) (rules *roomRules, event, state value, err error) {
-	if in.version == "v1" { // https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv1inviteroomideventid
-		if rules = s.client.offers("1"); rules == nil {
-			return nil, "", "", incompatible("1")
+	if in.version == "v1" {
+		state = in.body.get("unsigned").get("invite_room_state")
+		version := versionOfPreview(state)
+		if rules = s.client.offers(version); rules == nil {
+			return nil, "", "", incompatible(version)
 		}
-		return rules, in.body, in.body.get("unsigned").get("invite_room_state"), nil
+		return rules, in.body, state, nil
 	}
 	version, ok := in.body.get("room_version").str()
 	event = in.body.get("event")
@@ -165,6 +167,18 @@ func (s *Server) readInvite(in *incoming) (rules *roomRules, event, state value,
 		return nil, "", "", incompatible(RoomVersion(version))
 	}
 	return rules, event, in.body.get("invite_room_state"), nil
+}
+
+// versionOfPreview is the room version of an invite of version 1, which does not name it: "1" or "2", whose events have the
+// same form. The difference is one of state resolution alone, so what the unverified preview says will do.
+// https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv1inviteroomideventid
+func versionOfPreview(state value) RoomVersion {
+	for entry := range state.elements() {
+		if entry.get("type") == quoted(typeCreate) && entry.get("content").get("room_version") == `"2"` {
+			return "2"
+		}
+	}
+	return "1"
 }
 
 // checkInviteForm checks what the event says against who sends it and where: only an invite of the caller's own user to a

@@ -307,7 +307,7 @@ func (e *Event) slim() *Event {
 		return e
 	}
 	s := *e
-	s.text, s.content = "", "{}"
+	s.text, s.content = "", object(field{"membership", e.content.get("membership")})
 	s.id, s.room, s.typ = EventID(strings.Clone(string(e.id))), RoomID(strings.Clone(string(e.room))), strings.Clone(e.typ)
 	s.stateKey, s.sender, s.membership = strings.Clone(e.stateKey), UserID(strings.Clone(string(e.sender))), strings.Clone(e.membership)
 	s.refs = slices.Clone(e.refs)

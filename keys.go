@@ -60,6 +60,20 @@ func (k *Key) forEvent(rules *roomRules, ts int64, now time.Time) bool {
 	return true
 }
 
+// covers tells whether what is known of k settles every question about the moment at; zero stands for any moment. If not,
+// a newer document of its server may.
+func (k *Key) covers(at time.Time) bool {
+	switch {
+	case k.Public == nil:
+		return false
+	case at.IsZero():
+		return true
+	case !k.Expired.IsZero():
+		return !at.After(k.Expired)
+	}
+	return !at.Truncate(time.Millisecond).After(k.ValidUntil)
+}
+
 // leakedKey is a signing key that is public knowledge, its private half included.
 const leakedKey = "\x97\xf3\xbd\x87\x13\x15\x28\x1e\x8b\x83\xed\xc7\xa9\xfd\x05\x41\x06\x61\x54\x44\x90\x70\xcc\xdb\x3c\xdd\x42\xcf\x69\xcc\xde\x88"
 

@@ -214,14 +214,17 @@ func findEvent(events []*Event, id EventID) *Event {
 }
 
 // checkRestricted checks, for a join that a user of this server is to authorise, what the authorisation rules do not know:
-// the conditions under which the room lets users in. https://spec.matrix.org/v1.19/server-server-api/#restricted-rooms
+// the conditions under which the room lets users in, and that the user may let others in at this moment, needed or not.
+// https://spec.matrix.org/v1.19/server-server-api/#restricted-rooms
 func (m *Membership) checkRestricted(now *Room) error {
 	user := m.Event.authoriserID()
-	if m.Event.membership != "join" || user == "" || user.Server() != m.Ask.To || !now.needsCondition(m.Event.sender) {
+	if m.Event.membership != "join" || user == "" || user.Server() != m.Ask.To {
 		return nil
 	}
-	if err := now.checkConditions(); err != nil {
-		return err
+	if now.needsCondition(m.Event.sender) {
+		if err := now.checkConditions(); err != nil {
+			return err
+		}
 	}
 	if !mayInvite(now.state, user) {
 		return refuse(ErrUnableToGrantJoin, "%s cannot authorise joins any more", user)

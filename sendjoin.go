@@ -10,6 +10,7 @@ import (
 	"iter"
 	"net/http"
 	"slices"
+	"time"
 )
 
 // SendJoinRequest is a finished join on its way. https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
@@ -172,7 +173,8 @@ func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer 
 // that the caller cannot take it for whole.
 func (r *SendJoinResponse) write(ctx context.Context, w http.ResponseWriter, in *incoming) error {
 	w.Header().Set("Content-Type", "application/json")
-	sent := &countingWriter{w: w}
+	sent := &answerWriter{ctx: ctx, w: w}
+	defer sent.finish()
 	b := bufio.NewWriterSize(sent, 64<<10)
 	err := r.encode(ctx, b, in.To, in.version)
 	if err == nil {
@@ -184,15 +186,34 @@ func (r *SendJoinResponse) write(ctx context.Context, w http.ResponseWriter, in 
 	return &unfinishedError{err}
 }
 
-type countingWriter struct {
-	w http.ResponseWriter
-	n int
+// answerWriter counts what was sent. Once it has begun, its writes fail when ctx ends: a caller who does not read cannot
+// hold the handler any longer.
+type answerWriter struct {
+	ctx   context.Context
+	w     http.ResponseWriter
+	n     int
+	stop  func() bool // nil until the first write
+	ended chan struct{}
 }
 
-func (c *countingWriter) Write(b []byte) (int, error) {
-	n, err := c.w.Write(b)
-	c.n += n
+func (a *answerWriter) Write(b []byte) (int, error) {
+	if a.stop == nil {
+		a.ended = make(chan struct{})
+		a.stop = context.AfterFunc(a.ctx, func() {
+			defer close(a.ended)
+			http.NewResponseController(a.w).SetWriteDeadline(time.Unix(1, 0)) // a w that has no deadlines ends with its connection
+		})
+	}
+	n, err := a.w.Write(b)
+	a.n += n
 	return n, err
+}
+
+// finish waits until nothing touches w any more.
+func (a *answerWriter) finish() {
+	if a.stop != nil && !a.stop() {
+		<-a.ended
+	}
 }
 
 // encode writes the answer of either version.

@@ -370,6 +370,9 @@ func (s *Server) readBody(r *http.Request) (value, error) {
 	if r.Method == http.MethodGet || r.Method == http.MethodHead {
 		return "", nil
 	}
+	if r.Body == nil {
+		return "", refuse(ErrNotJSON, "body is missing")
+	}
 	raw, err := io.ReadAll(io.LimitReader(r.Body, s.maxRequest+1))
 	if err != nil {
 		return "", because(err, ErrNotJSON, "body broke off")
@@ -419,8 +422,8 @@ func (t *target) subject(body value) (room RoomID, user UserID) {
 		return RoomID(t.params[0]), UserID(t.params[1])
 	}
 	event := body
-	if inner := body.get("event"); inner.isObject() {
-		event = inner
+	if t.endpoint == "invite" && t.version != "v1" {
+		event = body.get("event")
 	}
 	key, _ := event.get("state_key").str()
 	return RoomID(t.params[0]), UserID(key)

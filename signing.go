@@ -32,14 +32,13 @@ type serverAddress struct {
 
 // parse takes a server name apart; ok is false for whatever the grammar does not allow.
 func (n ServerName) parse() (a serverAddress, ok bool) {
-	host, port, hasPort := string(n), "", false
+	host := string(n)
 	if i := strings.LastIndexByte(host, ':'); i >= 0 && !strings.HasSuffix(host, "]") {
-		host, port, hasPort = host[:i], host[i+1:], true
+		host, a.port = host[:i], host[i+1:]
+		if _, err := strconv.ParseUint(a.port, 10, 16); err != nil || len(a.port) > 5 {
+			return a, false
+		}
 	}
-	if _, err := strconv.ParseUint(port, 10, 16); hasPort && (err != nil || len(port) > 5) {
-		return a, false
-	}
-	a.port = port
 	if rest, found := strings.CutPrefix(host, "["); found {
 		a.host, found = strings.CutSuffix(rest, "]")
 		ip, err := netip.ParseAddr(a.host)
@@ -56,11 +55,15 @@ func (n ServerName) parse() (a serverAddress, ok bool) {
 
 // isIPv4 tells whether host is four decimal groups of one to three digits up to 255, leading zeros included.
 func isIPv4(host string) bool {
-	groups := strings.Split(host, ".")
-	return len(groups) == 4 && !slices.ContainsFunc(groups, func(g string) bool {
-		n, err := strconv.ParseUint(g, 10, 16)
-		return err != nil || n > 255 || len(g) > 3
-	})
+	groups := 0
+	for more := true; more; groups++ {
+		var group string
+		group, host, more = strings.Cut(host, ".")
+		if group == "" || len(group) > 3 || strings.Trim(group, "0123456789") != "" || len(group) == 3 && group > "255" {
+			return false
+		}
+	}
+	return groups == 4
 }
 
 func isDNSName(host string) bool {

@@ -76,7 +76,7 @@ func TestServerName_Parse(t *testing.T) {
 		require.True(t, ok, name)
 		require.Equal(t, want, got, name)
 	}
-	for _, name := range []ServerName{"a:+1", "a:1_0", "a: 1", "a:０", "a\x00", "a\n", "a%2e", "[::1", "::1]", "[[::1]]", "[::1]:", "[::1]443", "x[::1]",
+	for _, name := range []ServerName{"a:+1", "a:000443", "a:1_0", "a: 1", "a:０", "a\x00", "a\n", "a%2e", "[::1", "::1]", "[[::1]]", "[::1]:", "[::1]443", "x[::1]",
 		"[::1]:443:443", "[1.2.3.4]:1", "[::1%25]", "[::g]", "[v1.a]", ":", "[]:1", "a:1:", ServerName(long) + "a:443", "a,b", `a"b`, "https://a"} {
 		require.False(t, name.valid(), "%q", name)
 	}
@@ -300,6 +300,7 @@ func TestParseXMatrix_Refuses(t *testing.T) {
 		"empty key":                     `X-Matrix origin="o",destination="d",key="",sig="s"`,
 		"empty sig":                     `X-Matrix origin="o",destination="d",key="k",sig=""`,
 		"token without value":           `X-Matrix origin=,destination="d",key="k",sig="s"`,
+		"unknown token without value":   good + `,a=`,
 		"last token without value":      `X-Matrix origin="o",destination="d",key="k",sig=`,
 		"origin twice":                  good + `,origin="o"`,
 		"origin twice, other case":      good + `,ORIGIN="x"`,
