@@ -455,3 +455,12 @@ func appendEscaped(dst []byte, c rune) []byte {
 	}
 	return utf8.AppendRune(dst, c)
 }
+
+// unescape decodes the text between the quotes of a canonical string.
+func unescape(text string) string {
+	if strings.IndexByte(text, '\\') < 0 {
+		return text
+	}
+	s, _ := strconv.Unquote(`"` + text + `"`) // canonical escapes are a subset of Go's, so this cannot fail
+	return s
+}

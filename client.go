@@ -178,6 +178,8 @@ type Draft struct {
 	StateKey *string
 	Sender   UserID
 	Content  json.RawMessage
+	// Redacts is the event that an m.room.redaction is about; it goes where the room version wants it.
+	Redacts EventID
 }
 
 // previewState are the entries that describe a room to a user who is not in it.
@@ -202,24 +204,38 @@ func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event,
 		event, err := c.buildCreate(d.Version, material, signer)
 		return event, &Room{Version: d.Version}, err
 	}
-	ask := RoomQuery{To: signer.name, State: slices.Concat([]StateKey{{typeCreate, ""}}, material.authKeys(), more)}
+	ask := RoomQuery{To: signer.name, State: withKeys(withKeys([]StateKey{{typeCreate, ""}}, material.authKeys()...), more...)}
 	room, rules, err := readRoom(ctx, c.rooms, d.Room, ask)
 	if err != nil {
 		return nil, nil, err
 	}
+	material.origin = originFor(rules, signer.name)
+	if material.redacts = d.Redacts; d.Redacts != "" && rules.redactsInContent {
+		material.content, material.redacts = material.content.with("redacts", quoted(d.Redacts)), ""
+	}
 	if err := material.place(rules, room); err != nil {
 		return nil, nil, err
 	}
-	material.origin = originFor(rules, signer.name)
 	event, err := material.build(rules)
 	if err != nil {
 		return nil, nil, err
 	}
-	if err := authorise(event, stateOf(room.State, nil), true); err != nil {
-		return nil, nil, err
-	}
-	event, err = approved{event}.sign(signer)
+	event, err = c.signOwn(event, stateOf(room.State, nil), signer)
 	return event, room, err
+}
+
+// signOwn authorises and signs an event of a local user. A restricted join needs the signature of its authoriser's server
+// as well, which can only be had here if that is an own name too.
+func (c *Client) signOwn(e *Event, state stateFunc, signer *Signer) (*Event, error) {
+	second := c.signer(e.authoriserID().Server())
+	if err := authorise(e, state, second != nil); err != nil {
+		return nil, err
+	}
+	e, err := approved{e}.sign(signer)
+	if err == nil && second != nil && second != signer {
+		e, err = approved{e}.sign(second)
+	}
+	return e, err
 }
 
 func (c *Client) buildCreate(v RoomVersion, d *draft, signer *Signer) (*Event, error) {
@@ -227,13 +243,14 @@ func (c *Client) buildCreate(v RoomVersion, d *draft, signer *Signer) (*Event, e
 	if rules == nil {
 		return nil, incompatible(v)
 	}
+	if named := d.content.get("room_version"); named != "" && named != quoted(v) {
+		return nil, refuse(ErrInvalidParam, "content names room version %s, not %s", named, v)
+	}
+	d.content = d.content.with("room_version", quoted(v)) // without it the room would be of version 1
 	d.prev, d.auth, d.depth, d.origin = "[]", "[]", 1, originFor(rules, signer.name)
 	event, err := d.build(rules)
 	if err != nil {
 		return nil, err
 	}
-	if err := authorise(event, stateOf(nil, nil), false); err != nil {
-		return nil, err
-	}
-	return approved{event}.sign(signer)
+	return c.signOwn(event, stateOf(nil, nil), signer)
 }

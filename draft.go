@@ -16,6 +16,7 @@ type draft struct {
 	stateKey   *string
 	sender     UserID
 	content    value
+	redacts    EventID // of a redaction
 	prev, auth value
 	depth, ts  int64
 	origin     ServerName // "" leaves the member out
@@ -41,6 +42,9 @@ func (d *draft) fields() []field {
 	}
 	if d.stateKey != nil {
 		fields = append(fields, field{"state_key", quoted(*d.stateKey)})
+	}
+	if d.redacts != "" {
+		fields = append(fields, field{"redacts", quoted(d.redacts)})
 	}
 	if d.origin != "" {
 		fields = append(fields, field{"origin", quoted(d.origin)})

@@ -2,6 +2,7 @@ package mxfed
 
 import (
 	"encoding/base64"
+	"slices"
 	"strings"
 	"unicode/utf8"
 )
@@ -62,3 +63,13 @@ func (id EventID) server() ServerName {
 
 // StateKey names one entry of a room's state.
 type StateKey struct{ Type, Key string }
+
+// withKeys appends those of keys that list does not have yet.
+func withKeys(list []StateKey, keys ...StateKey) []StateKey {
+	for _, k := range keys {
+		if !slices.Contains(list, k) {
+			list = append(list, k)
+		}
+	}
+	return list
+}

@@ -10,15 +10,6 @@ import (
 
 // This file reads and writes values in canonical form.
 
-// unescape decodes the text between the quotes of a canonical string.
-func unescape(text string) string {
-	if strings.IndexByte(text, '\\') < 0 {
-		return text
-	}
-	s, _ := strconv.Unquote(`"` + text + `"`) // canonical escapes are a subset of Go's, so this cannot fail
-	return s
-}
-
 // value is one JSON value in canonical form, as jsonReader and the functions below write it; "" is an absent value.
 // Its methods trust that form and allocate nothing but strings that hold escapes.
 type value string

@@ -308,12 +308,13 @@ type oracleByteDifference struct {
 
 var oracleByteDifferences = []oracleByteDifference{
 	{"numbers of room versions 1 to 5 stay as received", "https://spec.matrix.org/v1.19/rooms/v1/#canonical-json", func(c *oracleCase) bool {
-		return !c.e.rules.canonicalJSON && oracleNumber.MatchString(string(c.e.text))
+		kept := appendRedacted(nil, c.e.rules, c.e.typ, eventFields(c.e.text), true)
+		return !c.e.rules.canonicalJSON && (oracleNumber.Match(kept) || strings.Contains(string(c.e.text), ":-0."))
 	}},
 	{"a redacted member event keeps third_party_invite.signed from room version 11 on", "https://spec.matrix.org/v1.19/rooms/v11/#redactions", func(c *oracleCase) bool {
 		return c.e.rules.redaction.signed && c.e.typ == typeMember && c.content("third_party_invite").isObject()
 	}},
 }
 
-// oracleNumber finds numbers that are no canonical integers. The strings of the generator hold none.
+// oracleNumber finds numbers that few readers keep as they are. The strings of the generator hold none.
 var oracleNumber = regexp.MustCompile(`[\[:,]-?[0-9]+(\.|[eE]|[0-9]{15})`)

@@ -241,8 +241,8 @@ func oraclePublic(s *Signer) []byte { return s.key.Public().(ed25519.PublicKey) 
 
 // thirdPartyInvite redeems a promise, in one way or another.
 func (r *oracleRoom) thirdPartyInvite(target UserID) value {
-	if r.chance(10) {
-		return r.odd()
+	if r.chance(15) {
+		return pickOracle(r, []value{"null", r.odd()})
 	}
 	mxid, token := target, "token"
 	if r.chance(8) {
@@ -442,7 +442,7 @@ func (r *oracleRoom) pdu(d *oracleDraft) value {
 		}
 	}
 	sum := sha256.Sum256([]byte(object(fields...)))
-	if r.chance(3) {
+	if r.chance(3) || d.content.get("third_party_invite") != "" && r.chance(15) {
 		sum[0]++
 	}
 	hashes := object(field{"sha256", quoted(base64.RawStdEncoding.EncodeToString(sum[:]))})

@@ -31,7 +31,10 @@ func requireLevel(t *testing.T, rules *roomRules, text string, want int64, ok bo
 		`{"events_default":` + text + `}`:           func(p *powerLevels) int64 { return p.required("org.example", false) },
 	}
 	if rules.notifications {
-		places[`{"notifications":{"room":`+text+`}}`] = func(p *powerLevels) int64 { return p.notifications[0].n }
+		places[`{"notifications":{"room":`+text+`}}`] = func(p *powerLevels) int64 {
+			require.Len(t, p.notifications, 1)
+			return p.notifications[0].n
+		}
 	}
 	for content, get := range places {
 		p, err := parsePowerLevels(rules, levelsValue(t, content))

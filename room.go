@@ -280,12 +280,8 @@ func (r *Room) checkConditions() error {
 
 // factsFor is the question whose answer decides about an event of a member; facts are what is known of the room so far.
 func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
-	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id), State: slices.Clone(admissionState)}
-	for _, key := range authKeys(e) {
-		if !slices.Contains(ask.State, key) {
-			ask.State = append(ask.State, key)
-		}
-	}
+	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id),
+		State: withKeys(slices.Clone(admissionState), authKeys(e)...)}
 	if user := e.authoriserID(); user != "" && e.membership == "join" {
 		ask.User, ask.Allow = e.sender, facts.conditions()
 	}

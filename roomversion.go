@@ -32,6 +32,7 @@ type roomRules struct {
 	knock            bool
 	restricted       bool
 	knockRestricted  bool
+	redactsInContent bool // the event that a redaction names is content.redacts
 	creatorInContent bool // the creator is content.creator, not the sender of the create event
 	hashRoomID       bool // the room's ID is the create event's, which has no room_id and is in no auth_events; creators are above all levels
 }
@@ -99,7 +100,7 @@ var stableVersions = func() (versions []*roomRules) {
 
 	r.version = "11" // https://spec.matrix.org/v1.19/rooms/v11/
 	r.redaction = redactionE
-	r.creatorInContent = false
+	r.creatorInContent, r.redactsInContent = false, true
 	add(r)
 
 	r.version = "12" // https://spec.matrix.org/v1.19/rooms/v12/

@@ -2,7 +2,6 @@ package mxfed
 
 import (
 	"encoding/json"
-	"fmt"
 	"net/http"
 	"slices"
 )
@@ -41,20 +40,20 @@ func readPreview(rules *roomRules, room RoomID, list value) *preview {
 	n := 0
 	for entry := range list.elements() {
 		if n++; n > maxPreview {
-			p.blame("more than %d entries", maxPreview)
+			p.blame(nil, "more than %d entries", maxPreview)
 			break
 		}
 		e, err := parser.parse(rules, []byte(entry))
 		if err != nil {
-			p.blame("entry %d is no PDU: %w", n, err)
+			p.blame(err, "entry %d is no PDU", n)
 			p.addStripped(entry)
 			continue
 		}
 		switch {
 		case !e.isState:
-			p.blame("entry %d is no state event", n)
+			p.blame(nil, "entry %d is no state event", n)
 		case e.room != room:
-			p.blame("entry %d belongs to another room", n)
+			p.blame(nil, "entry %d belongs to another room", n)
 		default:
 			p.add(Stripped{Type: e.typ, StateKey: e.stateKey, Sender: e.sender, Content: e.Content(), Event: e})
 		}
@@ -62,10 +61,10 @@ func readPreview(rules *roomRules, room RoomID, list value) *preview {
 	return p
 }
 
-// blame keeps the first thing that is wrong.
-func (p *preview) blame(format string, args ...any) {
+// blame keeps the first thing that is wrong; cause may be nil.
+func (p *preview) blame(cause error, format string, args ...any) {
 	if p.err == nil {
-		p.err = because(fmt.Errorf(format, args...), ErrInvalidParam, "room state does not describe the room")
+		p.err = because(cause, ErrInvalidParam, "state of the room: "+format, args...)
 	}
 }
 
@@ -82,7 +81,7 @@ func (p *preview) addStripped(entry value) {
 
 func (p *preview) add(s Stripped) {
 	if slices.ContainsFunc(p.entries, func(o Stripped) bool { return o.Type == s.Type && o.StateKey == s.StateKey }) {
-		p.blame("two entries for %s %q", s.Type, s.StateKey)
+		p.blame(nil, "two entries for %s %q", s.Type, s.StateKey)
 		return
 	}
 	p.entries = append(p.entries, s)
@@ -107,7 +106,7 @@ func (p *preview) settle(verdicts []verdict) {
 			verdicts = verdicts[1:]
 			if v.err != nil {
 				if answerTo(v.err).Status != http.StatusBadGateway { // without its key nothing is known against it
-					p.blame("%s %q: %w", s.Type, s.StateKey, v.err)
+					p.blame(v.err, "%s %q is not genuine", s.Type, s.StateKey)
 				}
 				continue
 			}
@@ -127,11 +126,11 @@ func (p *preview) findCreate() {
 		}
 	}
 	if p.create == nil {
-		p.blame("create event is missing")
+		p.blame(nil, "create event is missing")
 		return
 	}
 	if createdVersion(p.create) != p.rules.version {
-		p.blame("create event is of another room version")
+		p.blame(nil, "create event is of another room version")
 		p.create = nil
 	}
 }

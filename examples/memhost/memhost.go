@@ -33,15 +33,13 @@ type Host struct {
 	created atomic.Int64 // rooms
 	mu      sync.Mutex   // guards the rest
 	rooms   map[mxfed.RoomID]*room
-	invites []*mxfed.Invite
+	invites map[mxfed.EventID]*mxfed.Invite
 }
 
-// New returns a host that is in no room. Config.Rooms is the host itself unless cfg says otherwise.
+// New returns a host that is in no room. Config.Rooms is the host itself, whatever cfg says.
 func New(cfg mxfed.Config) (h *Host, err error) {
-	h = &Host{rooms: make(map[mxfed.RoomID]*room)}
-	if cfg.Rooms == nil {
-		cfg.Rooms = h
-	}
+	h = &Host{rooms: make(map[mxfed.RoomID]*room), invites: make(map[mxfed.EventID]*mxfed.Invite)}
+	cfg.Rooms = h
 	h.Server, err = mxfed.NewServer(cfg)
 	return h, err
 }
@@ -53,26 +51,26 @@ func (h *Host) Room(_ context.Context, id mxfed.RoomID, ask mxfed.RoomQuery) (*m
 	return h.facts(id, ask)
 }
 
-// facts answers ask as of now. The caller holds the lock.
+// facts answers ask as of now, with the whole state: a host may always tell more than was asked. The caller holds the
+// lock.
 func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) {
 	r := h.rooms[id]
 	if r == nil || ask.Origin != "" && !r.speaks(ask.To) {
 		return nil, mxfed.ErrNotFound
 	}
 	state := r.state(r.latest)
-	now := &mxfed.Room{Version: r.version, Latest: events(r.latest), State: pick(state, ask.State...),
-		Events: events(r.find(ask.Events)), Present: servers(state), Joined: make(map[mxfed.RoomID]bool)}
+	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(state), Events: events(r.find(ask.Events)),
+		Joined: make(map[mxfed.RoomID]bool), Present: servers(state)}
 	if prev := r.find(ask.Prev); len(prev) == len(ask.Prev) && !slices.ContainsFunc(prev, (*entry).outside) {
-		now.Before = pick(r.state(prev), ask.State...)
+		now.Before = events(r.state(prev))
 	}
 	for _, id := range ask.Allow {
 		if other := h.rooms[id]; other != nil && other.speaks(ask.To) {
-			now.Joined[id] = slices.ContainsFunc(other.state(other.latest), func(e *entry) bool { return e.joined && e.event.Sender() == ask.User })
+			now.Joined[id] = slices.ContainsFunc(other.state(other.latest), func(e *entry) bool { return e.joined == ask.User })
 		}
 	}
-	first := slices.IndexFunc(state, func(e *entry) bool { return e.joined && e.event.Sender().Server() == ask.To })
-	if ask.Local && first >= 0 {
-		now.Local = state[first].event
+	if i := slices.IndexFunc(state, func(e *entry) bool { return e.joined.Server() == ask.To }); i >= 0 {
+		now.Local = state[i].Event
 	}
 	return now, nil
 }
@@ -82,9 +80,7 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 func (h *Host) Invited(_ context.Context, inv *mxfed.Invite) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if !slices.ContainsFunc(h.invites, func(o *mxfed.Invite) bool { return o.Event.ID() == inv.Event.ID() }) {
-		h.invites = append(h.invites, inv)
-	}
+	h.invites[inv.Event.ID()] = inv // the same invite may come again
 	return nil
 }
 
@@ -153,7 +149,7 @@ func (h *Host) store(e *mxfed.Event, err error) (*mxfed.Event, error) {
 // room returns the room of e, new if e is the first event of it. The caller holds the lock.
 func (h *Host) room(e *mxfed.Event) *room {
 	if h.rooms[e.RoomID()] == nil {
-		h.rooms[e.RoomID()] = &room{version: e.Version(), index: make(map[mxfed.EventID]*entry)}
+		h.rooms[e.RoomID()] = &room{index: make(map[mxfed.EventID]*entry)}
 	}
 	return h.rooms[e.RoomID()]
 }
@@ -168,23 +164,20 @@ func (h *Host) Join(ctx context.Context, req *mxfed.JoinRequest) (*mxfed.JoinRes
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.room(result.Event)
-	state := make([]*entry, len(result.State))
-	for i, e := range result.State {
-		state[i] = r.add(e, nil)
+	before := make([]*entry, 0, len(result.State)+len(result.Auth))
+	for _, e := range slices.Concat(result.State, result.Auth) {
+		before = append(before, r.add(e, nil))
 	}
-	for _, e := range result.Auth {
-		r.add(e, nil)
-	}
-	r.add(result.Event, state)
+	r.add(result.Event, before[:len(result.State)])
 	r.partial = len(result.Servers) > 0
 	return result, nil
 }
 
-// Invites lists the invites that were taken, in order.
-func (h *Host) Invites() []*mxfed.Invite {
+// Invites returns the invites that were taken.
+func (h *Host) Invites() map[mxfed.EventID]*mxfed.Invite {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return slices.Clone(h.invites)
+	return maps.Clone(h.invites)
 }
 
 // Events returns the current state of a room and all events that are known of it, both in order of acceptance; nothing of
@@ -200,7 +193,6 @@ func (h *Host) Events(id mxfed.RoomID) (state, all []*mxfed.Event) {
 
 // room is a log of events in the order in which they were accepted: each stands behind those that it was built on.
 type room struct {
-	version mxfed.RoomVersion
 	log     []*entry
 	index   map[mxfed.EventID]*entry
 	latest  []*entry // the forward extremities
@@ -208,10 +200,10 @@ type room struct {
 }
 
 type entry struct {
-	event  *mxfed.Event
-	joined bool     // it makes its sender a member of the room
-	place  int      // in the log
-	prev   []*entry // what the event was built on
+	*mxfed.Event
+	joined mxfed.UserID // whom the event makes a member of the room
+	place  int          // in the log
+	prev   []*entry     // what the event was built on
 }
 
 // outside tells whether neither prev nor the state at the event are known here.
@@ -222,7 +214,7 @@ func (r *room) add(e *mxfed.Event, prev []*entry) *entry {
 	if known := r.index[e.ID()]; known != nil {
 		return known
 	}
-	added := &entry{event: e, joined: Membership(e) == "join", place: len(r.log), prev: prev}
+	added := &entry{Event: e, joined: joined(e), place: len(r.log), prev: prev}
 	r.log, r.index[e.ID()] = append(r.log, added), added
 	if prev != nil {
 		r.latest = append(slices.DeleteFunc(r.latest, func(l *entry) bool { return slices.Contains(prev, l) }), added)
@@ -230,14 +222,14 @@ func (r *room) add(e *mxfed.Event, prev []*entry) *entry {
 	return added
 }
 
-// Membership reads a member event, "" from any other. A map tells names apart that differ in case, a struct would not.
-func Membership(e *mxfed.Event) string {
+// joined reads a member event. A map tells names apart that differ in case, a struct would not.
+func joined(e *mxfed.Event) mxfed.UserID {
 	var content map[string]any
-	if e.Type() == "m.room.member" {
-		json.Unmarshal(e.Content(), &content) // always an object
+	user, _ := e.StateKey()
+	if e.Type() != "m.room.member" || json.Unmarshal(e.Content(), &content) != nil || content["membership"] != "join" {
+		return ""
 	}
-	m, _ := content["membership"].(string)
-	return m
+	return mxfed.UserID(user)
 }
 
 // find looks up events. Those that are not known are left out.
@@ -259,14 +251,11 @@ func (r *room) state(latest []*entry) (state []*entry) {
 		counts[e.place] = true
 	}
 	for _, e := range slices.Backward(r.log) {
-		if !counts[e.place] {
-			continue
-		}
 		for _, p := range e.prev {
-			counts[p.place] = true
+			counts[p.place] = counts[p.place] || counts[e.place]
 		}
-		key, ok := e.event.StateKey()
-		if k := (mxfed.StateKey{Type: e.event.Type(), Key: key}); ok && !set[k] {
+		key, ok := e.StateKey()
+		if k := (mxfed.StateKey{Type: e.Type(), Key: key}); ok && counts[e.place] && !set[k] {
 			set[k] = true
 			state = append(state, e)
 		}
@@ -275,23 +264,12 @@ func (r *room) state(latest []*entry) (state []*entry) {
 	return state
 }
 
-func pick(state []*entry, keys ...mxfed.StateKey) []*mxfed.Event {
-	picked := make([]*mxfed.Event, 0, len(keys))
-	for _, e := range state {
-		key, _ := e.event.StateKey()
-		if slices.Contains(keys, mxfed.StateKey{Type: e.event.Type(), Key: key}) {
-			picked = append(picked, e.event)
-		}
-	}
-	return picked
-}
-
 // servers are those of joined users.
 func servers(state []*entry) map[mxfed.ServerName]bool {
 	present := make(map[mxfed.ServerName]bool)
 	for _, e := range state {
-		if e.joined {
-			present[e.event.Sender().Server()] = true
+		if e.joined != "" {
+			present[e.joined.Server()] = true
 		}
 	}
 	return present
@@ -305,7 +283,7 @@ func (r *room) speaks(name mxfed.ServerName) bool {
 func events(entries []*entry) []*mxfed.Event {
 	list := make([]*mxfed.Event, len(entries))
 	for i, e := range entries {
-		list[i] = e.event
+		list[i] = e.Event
 	}
 	return list
 }
@@ -315,10 +293,10 @@ func (r *room) answer(join *entry, omitMembers bool) (*mxfed.SendJoinResponse, e
 	if join.outside() { // it was part of the room before this server was
 		return nil, mxfed.ErrNotFound
 	}
-	answer, state := &mxfed.SendJoinResponse{Event: join.event}, r.state(join.prev)
+	answer, state := &mxfed.SendJoinResponse{Event: join.Event}, r.state(join.prev)
 	if omitMembers {
 		answer.Servers = slices.Sorted(maps.Keys(servers(state)))
-		state = slices.DeleteFunc(state, func(e *entry) bool { return e.event.Type() == "m.room.member" })
+		state = slices.DeleteFunc(state, func(e *entry) bool { return e.Type() == "m.room.member" })
 	}
 	answer.State, answer.Auth = pdus(state), pdus(r.authChain(append(state, join)))
 	return answer, nil
@@ -328,7 +306,7 @@ func (r *room) answer(join *entry, omitMembers bool) (*mxfed.SendJoinResponse, e
 func (r *room) authChain(of []*entry) []*entry {
 	chain, seen := slices.Clone(of), make(map[*entry]bool)
 	for i := 0; i < len(chain); i++ {
-		for _, e := range r.find(chain[i].event.Auth()) {
+		for _, e := range r.find(chain[i].Auth()) {
 			if !seen[e] {
 				seen[e] = true
 				chain = append(chain, e)
@@ -342,7 +320,7 @@ func (r *room) authChain(of []*entry) []*entry {
 func pdus(entries []*entry) iter.Seq2[[]byte, error] {
 	return func(yield func([]byte, error) bool) {
 		for _, e := range entries {
-			if !yield(e.event.JSON(), nil) {
+			if !yield(e.JSON(), nil) {
 				return
 			}
 		}
