@@ -98,7 +98,6 @@ type windowItem struct {
 	hash       uint64
 	node       *joinNode
 	fresh      bool // the item that decides about its node
-	full       *Event
 }
 
 // window gathers elements until they are checked together.

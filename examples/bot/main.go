@@ -30,7 +30,9 @@ func main() {
 	if b.server, err = mxfed.NewServer(mxfed.Config{Signers: []*mxfed.Signer{signer}}); err != nil {
 		log.Fatal(err)
 	}
-	go b.run(context.Background())
+	go b.run(context.Background(), func(r *mxfed.JoinResult) {
+		log.Printf("joined %s, a room of %d state events", r.Event.RoomID(), len(r.State))
+	})
 	server := &http.Server{Addr: ":8448", Handler: mxfed.NewHandler(b.server, mxfed.Hosts{Invite: b}), ReadTimeout: time.Minute}
 	log.Fatal(server.ListenAndServeTLS("cert.pem", "key.pem"))
 }
@@ -54,33 +56,34 @@ func (b *bot) Invited(_ context.Context, inv *mxfed.Invite) error {
 	}
 }
 
-// run joins, room after room, until ctx ends.
-func (b *bot) run(ctx context.Context) {
-	for {
+// run joins, one room after the other, until ctx ends.
+func (b *bot) run(ctx context.Context, joined func(*mxfed.JoinResult)) {
+	for ctx.Err() == nil {
 		select {
 		case inv := <-b.invites:
-			b.join(ctx, inv)
+			if result, err := b.join(ctx, inv); err != nil {
+				log.Print(err)
+			} else {
+				joined(result)
+			}
 		case <-ctx.Done():
-			return
 		}
 	}
 }
 
-// join tries for about a quarter of an hour. The first refusals mean little: the inviter's server puts the invite into the room when it
-// has got the answer to it, and that may be after we ask.
-func (b *bot) join(ctx context.Context, inv *mxfed.Invite) {
+// join tries for some minutes. The first refusal means little: the inviter's server puts an invite into the room when it
+// has our answer, and we may be faster.
+func (b *bot) join(ctx context.Context, inv *mxfed.Invite) (*mxfed.JoinResult, error) {
 	req := &mxfed.JoinRequest{Room: inv.Event.RoomID(), User: b.user, Via: []mxfed.ServerName{inv.Origin}}
-	for wait := time.Second; wait < 10*time.Minute; wait *= 2 {
+	for wait := time.Second / 4; ; wait *= 2 {
 		result, err := b.server.Client().Join(ctx, req)
-		if err == nil {
-			log.Printf("joined %s, a room of %d state events", req.Room, len(result.State))
-			return
+		if err == nil || wait > 5*time.Minute {
+			return result, err
 		}
-		log.Printf("no luck yet: %v", err)
 		select {
 		case <-time.After(max(wait, mxfed.ClientError(err).RetryAfter)):
 		case <-ctx.Done():
-			return
+			return nil, err
 		}
 	}
 }

@@ -1,12 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"crypto/ed25519"
-	"io"
-	"log"
-	"os"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -27,36 +24,33 @@ func TestIsInvitedAndJoins(t *testing.T) {
 		require.NoError(t, err)
 		return mxfed.Config{Signers: []*mxfed.Signer{signer}, HTTP: network.Transport}
 	}
-	b, err := newBot("@bot:bot.example", config("bot.example"))
+	b := &bot{user: "@bot:bot.example", invites: make(chan *mxfed.Invite, 1)}
+	b.server, err = mxfed.NewServer(config("bot.example"))
 	require.NoError(t, err)
-	require.NoError(t, network.Serve("bot.example", b.handler()))
+	require.NoError(t, network.Serve("bot.example", mxfed.NewHandler(b.server, mxfed.Hosts{Invite: b})))
 	alice, err := memhost.New(config("alice.example"))
 	require.NoError(t, err)
 	require.NoError(t, network.Serve("alice.example", mxfed.NewHandler(alice.Server, mxfed.Hosts{Join: alice})))
 
-	output, logged := io.Pipe()
-	log.SetOutput(logged)
-	defer log.SetOutput(os.Stderr)
-	ctx, stop := context.WithCancel(t.Context())
-	done := make(chan struct{})
-	go func() {
-		b.run(ctx)
-		close(done)
-	}()
-	defer func() {
-		stop()
-		<-done
-	}()
-
-	room, err := alice.CreateRoom(ctx, "12", "@alice:alice.example")
+	room, err := alice.CreateRoom(t.Context(), "12", "@alice:alice.example")
 	require.NoError(t, err)
-	_, err = alice.Invite(ctx, room, "@alice:alice.example", "@stranger:bot.example")
+	_, err = alice.Invite(t.Context(), room, "@alice:alice.example", "@stranger:bot.example")
 	require.ErrorIs(t, err, mxfed.ErrForbidden)
-	_, err = alice.Invite(ctx, room, "@alice:alice.example", "@bot:bot.example")
+	_, err = alice.Invite(t.Context(), room, "@alice:alice.example", "@bot:bot.example")
 	require.NoError(t, err)
-	for lines := bufio.NewScanner(output); lines.Scan(); {
-		if text := lines.Text(); text == "" {
-			break
-		}
-	}
+	other, err := alice.CreateRoom(t.Context(), "12", "@alice:alice.example")
+	require.NoError(t, err)
+	_, err = alice.Invite(t.Context(), other, "@alice:alice.example", "@bot:bot.example")
+	require.ErrorIs(t, err, mxfed.ErrLimitExceeded, "nobody takes the first invite yet")
+
+	ctx, stop := context.WithCancel(t.Context())
+	joined := make(chan *mxfed.JoinResult)
+	var running sync.WaitGroup
+	running.Go(func() { b.run(ctx, func(r *mxfed.JoinResult) { joined <- r }) })
+	result := <-joined
+	require.Equal(t, room, result.Event.RoomID())
+	_, all := alice.Events(room)
+	require.Equal(t, result.Event.ID(), all[len(all)-1].ID())
+	stop()
+	running.Wait()
 }
