@@ -106,7 +106,7 @@ func (c *Client) ask(ctx context.Context, q *call) (value, error) {
 	defer r.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(r.Body, maxSmallReply+1))
 	if err != nil {
-		return "", &Error{Code: ErrUnknown, Server: q.to, Endpoint: q.endpoint, Message: "answer broke off", Err: err}
+		return "", brokenOff(q.to, q.endpoint, err)
 	}
 	if len(body) > maxSmallReply {
 		return "", c.malformed(q.to, q.endpoint, fmt.Errorf("answer is larger than %d bytes", maxSmallReply))
@@ -160,6 +160,11 @@ func (q *call) request(ctx context.Context) (*http.Request, error) {
 	}
 	q.from.authorize(r, q.to, sig)
 	return r, nil
+}
+
+// brokenOff is the error for an answer that did not arrive whole, which says nothing against it.
+func brokenOff(server ServerName, endpoint string, err error) error {
+	return &Error{Code: ErrUnknown, Server: server, Endpoint: endpoint, Message: "answer broke off", Err: err}
 }
 
 // malformed is the error for an answer of status 200 that the protocol does not allow.

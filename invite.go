@@ -32,13 +32,13 @@ func (r *InviteRequest) v1() value {
 		}
 		return 0
 	})
-	for {
+	for ; len(state) > 0; state = state[:len(state)-1] {
 		body := r.Event.text.with("unsigned", object(field{"invite_room_state", texts(state)}))
-		if len(body) <= maxEventSize || len(state) == 0 {
+		if len(body) <= maxEventSize {
 			return body
 		}
-		state = state[:len(state)-1]
 	}
+	return r.Event.text
 }
 
 func texts(events []*Event) value {
@@ -238,6 +238,9 @@ func (c *Client) Invite(ctx context.Context, to ServerName, req *InviteRequest) 
 	if e == nil || e.membership != "invite" {
 		return nil, refuse(ErrInvalidParam, "event is no invite")
 	}
+	if UserID(e.stateKey).Server() != to {
+		return nil, refuse(ErrInvalidParam, "%s is no user of %s", e.stateKey, to)
+	}
 	signer := c.signer(e.sender.Server())
 	if signer == nil {
 		return nil, refuse(ErrInvalidParam, "sender %s is no user of this server", e.sender)
@@ -314,7 +317,7 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 		}
 	}
 	if signed == sent {
-		return nil, keys.explain(sent, &signatureError{server: server})
+		return nil, keys.explain(got, &signatureError{server: server})
 	}
 	return signed, nil
 }

@@ -28,6 +28,10 @@ func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error
 		if slices.Contains(req.Via[:i], via) || c.signer(via) != nil {
 			continue
 		}
+		if !via.valid() { // such lists come from links and other servers
+			errs = append(errs, refuse(ErrInvalidParam, "%q is no server name", via))
+			continue
+		}
 		try := joinTry{Client: c, req: req, via: via, content: content}
 		result, err := try.join(ctx)
 		if err == nil {
@@ -122,23 +126,31 @@ func (t *joinTry) prove(ctx context.Context, join *Event, known, omitMembers boo
 	check := newJoinCheck(&t.verifier, join.rules, known, t.req)
 	reader := &answerReader{in: body, max: t.maxAnswer}
 	rest, err := check.read(ctx, reader, v1, t.progress)
-	t.sunk = t.sunk || check.sunk
 	if err == nil {
 		err = check.settle()
 	}
 	if err == nil {
 		err = t.accept(ctx, check, join, rest, omitMembers)
 	}
+	t.sunk = t.sunk || check.sunk
 	var own *sinkError
 	switch {
 	case errors.As(err, &own):
 		return nil, fmt.Errorf("mxfed: join: %w", own)
-	case err != nil && ctx.Err() != nil:
-		return nil, &Error{Code: ErrUnknown, Server: t.via, Endpoint: "send_join", Message: "answer broke off", Err: errors.Join(ctx.Err(), err)}
+	case err != nil && (ctx.Err() != nil || reader.broken != nil):
+		return nil, brokenOff(t.via, "send_join", errors.Join(ctx.Err(), err))
+	case unverified(err):
+		return nil, &Error{Code: ErrUnknown, Server: t.via, Endpoint: "send_join", Message: "answer could not be verified", Err: err}
 	case err != nil:
 		return nil, t.malformed(t.via, "send_join", err)
 	}
 	return check.result, nil
+}
+
+// unverified tells whether err says that keys could not be fetched: nothing is known against the answer then.
+func unverified(err error) bool {
+	var e *Error
+	return errors.As(err, &e) && e.Server == "" && e.Status == http.StatusBadGateway
 }
 
 func (t *joinTry) progress(events int, bytes int64) {
@@ -155,6 +167,9 @@ func (t *joinTry) accept(ctx context.Context, check *joinCheck, join *Event, res
 		return err
 	}
 	if join.rules != check.rules { // make_join named no version: the create event did
+		if t.offers(check.rules.version) == nil {
+			return incompatible(check.rules.version)
+		}
 		retagged := *join
 		retagged.rules = check.rules
 		join = &retagged
@@ -165,7 +180,11 @@ func (t *joinTry) accept(ctx context.Context, check *joinCheck, join *Event, res
 	if err := t.completeAuth(ctx, check, join); err != nil {
 		return err
 	}
-	return check.checkJoin(join, len(result.Servers) > 0)
+	if err := check.checkJoin(join, len(result.Servers) > 0); err != nil {
+		return err
+	}
+	check.collect()
+	return nil
 }
 
 // accepted returns the join with the other server's signature, if that server sent the event back. A restricted join is
@@ -208,7 +227,10 @@ func (t *joinTry) completeAuth(ctx context.Context, check *joinCheck, join *Even
 			return &lackingError{err}
 		}
 		check.graph[e.event.id] = e
-		missing = append(missing[1:], check.missing(e.event)...)
+		if err := check.handOn(e, e.event, false); err != nil {
+			return err
+		}
+		missing = slices.DeleteFunc(append(missing, check.missing(e.event)...), func(id EventID) bool { return check.graph[id] != nil })
 	}
 	for _, id := range join.refs[join.prevs:] {
 		check.visit(check.graph[id])
@@ -234,7 +256,7 @@ func (t *joinTry) fetchEvent(ctx context.Context, check *joinCheck, id EventID) 
 		}
 		check.keys.fetch(ctx, []*Event{e})
 		v := check.keys.judge(&p, e)
-		return &joinNode{event: v.event, authorised: v.authorised, inAuth: true}, v.err
+		return &joinNode{event: v.event, authorised: v.authorised}, v.err
 	}
 	return nil, fmt.Errorf("%s was not answered", id)
 }

@@ -22,13 +22,14 @@ const (
 
 // answerReader reads the top-level members of an answer.
 type answerReader struct {
-	in    io.Reader
-	buf   []byte // what was read and not consumed yet is buf[pos:]
-	pos   int
-	total int64 // bytes read
-	max   int64
-	seen  map[string]bool
-	rest  map[string]value // members other than the two lists
+	in     io.Reader
+	buf    []byte // what was read and not consumed yet is buf[pos:]
+	pos    int
+	total  int64 // bytes read
+	max    int64
+	broken error // why no more came
+	seen   map[string]bool
+	rest   map[string]value // members other than the two lists
 }
 
 // joinMembers are the members of an answer that mean anything; others are passed over.
@@ -181,6 +182,9 @@ func (r *answerReader) fill() error {
 	}
 	if n > 0 {
 		return nil
+	}
+	if err != io.EOF {
+		r.broken = err
 	}
 	return err
 }

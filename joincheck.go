@@ -50,9 +50,12 @@ type JoinResult struct {
 	Servers []ServerName
 }
 
-// windowBytes is how much text is gathered before its keys are fetched together and its signatures checked. Two windows
-// are in memory at a time: one is read while the other is checked.
-const windowBytes = 4 << 20
+// How much is gathered before its keys are fetched together and its signatures checked: text and, because what is read of
+// an event has a size of its own, events. Two windows are in memory at a time: one is read while the other is checked.
+const (
+	windowBytes  = 4 << 20
+	windowEvents = 16 << 10
+)
 
 // joinCheck proves one answer.
 type joinCheck struct {
@@ -65,8 +68,9 @@ type joinCheck struct {
 	seed    maphash.Seed
 	graph   map[EventID]*joinNode // events whose signatures are right
 	state   []*joinNode           // entries of the list state, in order
+	auth    []*joinNode           // those of the list auth_chain
 	result  *JoinResult
-	lost    map[StateKey]error // state entries that were dropped
+	lost    map[StateKey]error // needed state entries that were dropped
 	sunk    bool               // the sink was called
 	version bool               // the room version is known, not assumed
 }
@@ -147,7 +151,7 @@ func (j *joinCheck) read(ctx context.Context, r *answerReader, v1 bool, progress
 	}
 	rest, err := r.read(v1, func(list string, text []byte) error {
 		filling.add(list, text)
-		if len(filling.text) < windowBytes || !j.version {
+		if len(filling.text) < windowBytes && len(filling.items) < windowEvents {
 			return nil
 		}
 		return flush()
@@ -182,7 +186,9 @@ func (j *joinCheck) check(ctx context.Context, w *window) error {
 		return err
 	}
 	for i := range items {
-		if err := j.deliver(&items[i]); err != nil {
+		if item := &items[i]; item.err != nil {
+			j.loseText(item, w.text[item.start:item.end])
+		} else if err := j.deliver(item); err != nil {
 			return err
 		}
 	}
@@ -190,7 +196,7 @@ func (j *joinCheck) check(ctx context.Context, w *window) error {
 }
 
 // findVersion settles a room version that make_join did not name: versions 1 and 2 share a format, and the create event
-// tells them apart.
+// tells them apart. One that does not come in the first window is taken for one of version 1.
 func (j *joinCheck) findVersion(w *window) {
 	var p eventParser
 	for _, item := range w.items {
@@ -225,10 +231,6 @@ func (j *joinCheck) link(items []windowItem) (fresh []*Event) {
 // deliver enters one item into the graph and hands its event on.
 func (j *joinCheck) deliver(item *windowItem) error {
 	node, e := item.node, item.event
-	if item.err != nil {
-		j.drop("", item.err)
-		return nil
-	}
 	if node.err != nil {
 		j.lose(item, node.err)
 		return nil
@@ -238,7 +240,7 @@ func (j *joinCheck) deliver(item *windowItem) error {
 		return nil
 	}
 	if known := j.graph[e.id]; known == nil {
-		j.graph[e.id] = node
+		j.graph[EventID(strings.Clone(string(e.id)))] = node // a given ID is a piece of the event's text, which need not stay
 	} else if known != node {
 		if known.event.hash != node.event.hash { // possible where IDs are given, not computed
 			j.lose(item, refuse(ErrInvalidParam, "another event has the ID %s", e.id))
@@ -265,6 +267,7 @@ func (j *joinCheck) handOn(node *joinNode, e *Event, state bool) error {
 		j.state = append(j.state, node)
 	} else {
 		node.inAuth = true
+		j.auth = append(j.auth, node)
 	}
 	if j.sink == nil {
 		return nil
@@ -286,8 +289,26 @@ func (e *sinkError) Unwrap() error { return e.err }
 // lose drops an item.
 func (j *joinCheck) lose(item *windowItem, err error) {
 	j.drop(item.event.id, err)
-	if item.state {
-		j.lost[StateKey{item.event.typ, item.event.stateKey}] = err
+	if key := (StateKey{item.event.typ, item.event.stateKey}); item.state && slices.Contains(neededState[:], key) {
+		j.lost[key] = err
+	}
+}
+
+// neededState are the entries without which nobody can tell what the room allows.
+var neededState = [...]StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}}
+
+// loseText drops an item that is no event, whatever entry it claims to be.
+func (j *joinCheck) loseText(item *windowItem, text []byte) {
+	j.drop("", item.err)
+	var r jsonReader
+	canonical, err := r.canonical(text, numbersAsReceived)
+	if err != nil || !item.state {
+		return
+	}
+	typ, _ := value(canonical).get("type").str()
+	key, ok := value(canonical).get("state_key").str()
+	if k := (StateKey{typ, key}); ok && slices.Contains(neededState[:], k) {
+		j.lost[k] = item.err
 	}
 }
 
@@ -320,7 +341,7 @@ func (e *Event) slim() *Event {
 	return &s
 }
 
-// settle authorises the graph and fills the result: from here on nothing more arrives.
+// settle authorises the graph and judges it as a whole: from here on nothing more arrives.
 func (j *joinCheck) settle() error {
 	if j.rules.hashRoomID { // no event names its create event, so it is judged before all of them
 		if create := j.graph[EventID("$"+j.room[1:])]; create != nil {
@@ -333,6 +354,8 @@ func (j *joinCheck) settle() error {
 	for id, node := range j.graph {
 		if node.err != nil {
 			j.drop(id, node.err)
+		} else {
+			delete(j.result.Dropped, id) // what was dropped was another copy
 		}
 	}
 	if err := j.checkCreate(); err != nil {
@@ -404,15 +427,21 @@ func (j *joinCheck) implicitCreate() *Event {
 // checkCreate demands one create event, of the version and room that were asked for.
 func (j *joinCheck) checkCreate() error {
 	for _, node := range j.state {
-		if node.err == nil && node.event.is(typeCreate, "") {
-			if j.result.Create != nil && j.result.Create.id != node.event.id {
-				return errors.New("state has two create events")
-			}
+		switch {
+		case !node.event.is(typeCreate, ""):
+		case node.err != nil:
+			j.lost[StateKey{typeCreate, ""}] = node.err
+		case j.result.Create != nil && j.result.Create.id != node.event.id:
+			return errors.New("state has two create events")
+		default:
 			j.result.Create = node.event
 		}
 	}
 	if j.result.Create == nil {
-		return errors.New("state has no create event that is genuine and allowed")
+		if err := j.lost[StateKey{typeCreate, ""}]; err != nil {
+			return fmt.Errorf("the room's %s cannot be done without: %w", typeCreate, err)
+		}
+		return errors.New("state has no create event")
 	}
 	if v := createdVersion(j.result.Create); v != j.rules.version {
 		return fmt.Errorf("create event is of room version %q, not %s", v, j.rules.version)
@@ -425,13 +454,15 @@ func (j *joinCheck) checkCreate() error {
 	return nil
 }
 
-// checkState demands that no two accepted entries of the state are for the same key, and puts the lists together.
+// checkState demands that no two accepted entries of the state are for the same key, and that the needed ones were not lost.
 func (j *joinCheck) checkState() error {
 	keys := make(map[StateKey]EventID, len(j.state))
 	for _, node := range j.state {
 		key := StateKey{node.event.typ, node.event.stateKey}
 		if node.err != nil {
-			j.lost[key] = node.err
+			if slices.Contains(neededState[:], key) {
+				j.lost[key] = node.err
+			}
 			continue
 		}
 		if _, twice := keys[key]; twice {
@@ -439,28 +470,31 @@ func (j *joinCheck) checkState() error {
 		}
 		keys[key] = node.event.id
 	}
-	for _, key := range []StateKey{{typePowerLevels, ""}, {typeJoinRules, ""}} {
+	for _, key := range neededState {
 		if _, ok := keys[key]; !ok && j.lost[key] != nil {
 			return fmt.Errorf("the room's %s cannot be done without: %w", key.Type, j.lost[key])
-		}
-	}
-	if j.sink != nil {
-		return nil
-	}
-	for _, node := range j.state {
-		if node.err == nil {
-			j.result.State = append(j.result.State, node.event)
-		}
-	}
-	for _, node := range j.graph {
-		if node.err == nil && node.inAuth {
-			j.result.Auth = append(j.result.Auth, node.event)
 		}
 	}
 	return nil
 }
 
-// entry looks up the accepted state.
+// collect puts the lists together, for a host without a sink.
+func (j *joinCheck) collect() {
+	if j.sink == nil {
+		j.result.State, j.result.Auth = accepted(j.state), accepted(j.auth)
+	}
+}
+
+func accepted(nodes []*joinNode) (events []*Event) {
+	for _, node := range nodes {
+		if node.err == nil {
+			events = append(events, node.event)
+		}
+	}
+	return events
+}
+
+// entries looks up the accepted state.
 func (j *joinCheck) entries() stateFunc {
 	state := make(map[StateKey]*Event, len(j.state))
 	for _, node := range j.state {

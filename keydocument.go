@@ -128,6 +128,13 @@ func (d *keyDocument) signatureIDs(name ServerName) (ids []KeyID) {
 	return ids
 }
 
+// kept returns a copy of d that keeps nothing else in memory.
+func (d *keyDocument) kept() *keyDocument {
+	c := *d
+	c.server, c.text, c.keys = ServerName(strings.Clone(string(d.server))), value(strings.Clone(string(d.text))), nil
+	return &c
+}
+
 // serverKeys is what is remembered of one server.
 type serverKeys struct {
 	keys map[KeyID]knownKey
@@ -154,13 +161,6 @@ func (n knownKey) fill(q *Key) {
 	if n.public != nil {
 		q.Public, q.ValidUntil, q.Expired = n.public, n.validUntil, n.expired
 	}
-}
-
-// key is n as it is stored.
-func (n knownKey) key(server ServerName, id KeyID) Key {
-	q := Key{Server: server, ID: id}
-	n.fill(&q)
-	return q
 }
 
 // recall merges a row of the Store, which has no Public if there is no such row, and returns what is known now.

@@ -190,36 +190,51 @@ func (k *KeyRing) inquire(ctx context.Context, wanted map[ServerName][]Key, dire
 	pending, started, failed := k.join(ctx, wanted, direct)
 	defer k.leave(pending)
 	answers := make(map[ServerName]*inquiry, len(pending))
+	patient := true
 	for _, q := range pending {
-		select {
-		case <-q.done:
+		if waitFor(ctx, q.done) {
 			answers[q.server] = q
-			if q.err != nil {
-				failed = append(failed, q.err)
-			}
-		case <-ctx.Done():
-			return answers, fmt.Errorf("mxfed: keys of %s: %w", q.server, ctx.Err())
+			failed = append(failed, q.err)
+		} else {
+			patient = false
 		}
 	}
 	for _, r := range started {
-		select {
-		case <-r.over:
-			if r.err != nil {
-				failed = append(failed, r.err)
-			}
-		case <-ctx.Done():
-			return answers, fmt.Errorf("mxfed: key store: %w", ctx.Err())
+		if waitFor(ctx, r.over) {
+			failed = append(failed, r.err)
+		} else {
+			patient = false
 		}
 	}
+	if !patient {
+		failed = append(failed, fmt.Errorf("mxfed: keys: %w", ctx.Err()))
+	}
+	failed = slices.DeleteFunc(failed, func(err error) bool { return err == nil })
 	if more := len(failed) - maxKeyErrors; more > 0 {
 		failed = append(failed[:maxKeyErrors], fmt.Errorf("and %d more", more))
 	}
 	return answers, errors.Join(failed...)
 }
 
-// join takes part in the inquiries about servers that are under way, and starts those that are not. Servers that cannot be
-// reached and notaries are asked themselves, which is why those never wait for a round that asks notaries.
-func (k *KeyRing) join(ctx context.Context, wanted map[ServerName][]Key, direct bool) (pending []*inquiry, started []*round, failed []error) {
+// waitFor returns when done is closed; false: the context has ended before.
+func waitFor(ctx context.Context, done <-chan struct{}) bool {
+	select {
+	case <-done:
+		return true
+	default:
+	}
+	select {
+	case <-done:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// join takes part in the inquiries about servers that are under way, and starts those that are not. Notaries are asked
+// themselves, in a round of their own: one that asks notaries may have to wait for it.
+func (k *KeyRing) join(ctx context.Context, wanted map[ServerName][]Key, direct bool) (
+	pending []*inquiry, started []*round, failed []error) {
 	now := k.now()
 	own := make(map[bool]*round, 2) // by whether it asks notaries
 	k.mu.Lock()
@@ -481,7 +496,8 @@ func (k *KeyRing) askNotary(ctx context.Context, notary ServerName, batch []*inq
 		servers = append(servers, field{string(q.server), q.criteria()})
 	}
 	body := object(field{"server_keys", object(servers...)})
-	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+string(notary)+"/_matrix/key/v2/query", strings.NewReader(string(body)))
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, "https://"+string(notary)+"/_matrix/key/v2/query",
+		strings.NewReader(string(body)))
 	if err != nil {
 		return keyError(notary, "", err)
 	}
@@ -546,53 +562,4 @@ func (k *KeyRing) notaryKeys(ctx context.Context, notary ServerName, documents [
 	}
 	err := k.Keys(ctx, keys)
 	return slices.DeleteFunc(keys, func(q Key) bool { return !q.forRequest(now) }), err
-}
-
-// kept returns a copy of d that keeps nothing else in memory.
-func (d *keyDocument) kept() *keyDocument {
-	c := *d
-	c.server, c.text, c.keys = ServerName(strings.Clone(string(d.server))), value(strings.Clone(string(d.text))), nil
-	return &c
-}
-
-// lastDocuments returns the newest known document of each server in asked, for a notary to pass on. Those that are no longer
-// good for At, do not list ID (if it is set), or are older than half of their lifetime are fetched anew, up to so many;
-// the last known one is returned if that fails, and nothing if there is none.
-func (k *KeyRing) lastDocuments(ctx context.Context, asked []Key, fetches int) []*keyDocument {
-	k.once.Do(k.setUp)
-	now := k.now()
-	wanted := make(map[ServerName][]Key)
-	k.mu.Lock()
-	for _, q := range asked {
-		d, _ := k.documents.Get(q.Server)
-		if _, twice := wanted[q.Server]; !twice && len(wanted) < fetches && !d.answers(&q, now) {
-			wanted[q.Server] = nil
-		}
-	}
-	k.mu.Unlock()
-	if len(wanted) > 0 {
-		k.inquire(ctx, wanted, true) // who failed is left out
-	}
-	var found []*keyDocument
-	seen := make(map[ServerName]bool)
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	for _, q := range asked {
-		if d, ok := k.documents.Get(q.Server); ok && !seen[q.Server] {
-			found = append(found, d)
-		}
-		seen[q.Server] = true
-	}
-	return found
-}
-
-// answers tells whether d, which may be nil, is good enough for what a notary was asked.
-// https://spec.matrix.org/v1.19/server-server-api/#querying-keys-through-another-server
-func (d *keyDocument) answers(q *Key, now time.Time) bool {
-	if d == nil || q.At.After(d.validUntil) {
-		return false
-	}
-	lifetime := min(d.validUntil.Sub(d.fetched), maxKeyValidity)
-	lists := d.text.get("verify_keys").get(string(q.ID)) != "" || d.text.get("old_verify_keys").get(string(q.ID)) != ""
-	return now.Sub(d.fetched) < lifetime/2 && (q.ID == "" || lists)
 }

@@ -37,7 +37,8 @@ const (
 func NewKeyHandler(s *Server) http.Handler {
 	h := &keyHandler{server: s, published: make([]atomic.Pointer[keyDocument], len(s.client.own))}
 	h.ring, _ = s.client.keys.(*KeyRing)
-	h.countersigned, _ = simplelru.NewLRU[countersignature, signedDocument](maxCountersigned, nil) // an error would mean a size of 0
+	// an error would mean a size of 0
+	h.countersigned, _ = simplelru.NewLRU[countersignature, signedDocument](maxCountersigned, nil)
 	return h
 }
 
@@ -243,6 +244,48 @@ func (h *keyHandler) fetch(ctx context.Context, asked []Key) []*keyDocument {
 	free := maxNotaryFetches - (h.fetching.Add(want) - want)
 	defer h.fetching.Add(-want)
 	return h.ring.lastDocuments(ctx, asked, int(min(max(free, 0), want)))
+}
+
+// lastDocuments returns the newest known document of each server in asked, for a notary to pass on. Those that are no longer
+// good for At, do not list ID (if it is set), or are older than half of their lifetime are fetched anew, up to so many;
+// the last known one is returned if that fails, and nothing if there is none.
+func (k *KeyRing) lastDocuments(ctx context.Context, asked []Key, fetches int) []*keyDocument {
+	k.once.Do(k.setUp)
+	now := k.now()
+	wanted := make(map[ServerName][]Key)
+	k.mu.Lock()
+	for _, q := range asked {
+		d, _ := k.documents.Get(q.Server)
+		if _, twice := wanted[q.Server]; !twice && len(wanted) < fetches && !d.answers(&q, now) {
+			wanted[q.Server] = nil
+		}
+	}
+	k.mu.Unlock()
+	if len(wanted) > 0 {
+		k.inquire(ctx, wanted, true) // who failed is left out
+	}
+	var found []*keyDocument
+	seen := make(map[ServerName]bool)
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, q := range asked {
+		if d, ok := k.documents.Get(q.Server); ok && !seen[q.Server] {
+			found = append(found, d)
+		}
+		seen[q.Server] = true
+	}
+	return found
+}
+
+// answers tells whether d, which may be nil, is good enough for what a notary was asked.
+// https://spec.matrix.org/v1.19/server-server-api/#querying-keys-through-another-server
+func (d *keyDocument) answers(q *Key, now time.Time) bool {
+	if d == nil || q.At.After(d.validUntil) {
+		return false
+	}
+	lifetime := min(d.validUntil.Sub(d.fetched), maxKeyValidity)
+	lists := d.text.get("verify_keys").get(string(q.ID)) != "" || d.text.get("old_verify_keys").get(string(q.ID)) != ""
+	return now.Sub(d.fetched) < lifetime/2 && (q.ID == "" || lists)
 }
 
 // countersignature names the signature of one of our names on a server's document, signedDocument holds it.

@@ -64,7 +64,7 @@ func (s *Server) makeJoin(ctx context.Context, in *incoming) (*MakeJoinResponse,
 	}
 	d := newMemberDraft(in.room(), user, "join")
 	if room.needsCondition(user) {
-		ask.User, ask.Allow, ask.Local = user, room.conditions(), true
+		ask.User, ask.Allow, ask.Local = user, room.checkable(), true
 		if room, rules, err = readRoom(ctx, s.client.rooms, in.room(), ask); err != nil {
 			return nil, err
 		}
@@ -194,7 +194,10 @@ func (c *Client) readTemplate(answer *MakeJoinResponse, d *draft, to ServerName)
 	}
 	rules := c.offers(version)
 	if rules == nil {
-		return nil, nil, fmt.Errorf("room version %q was not offered", version)
+		return nil, nil, incompatible(version)
+	}
+	if !d.room.fits(rules) {
+		return nil, nil, fmt.Errorf("room version %s has no such room IDs", version)
 	}
 	v := value(answer.Event)
 	if err := d.matches(v); err != nil {
@@ -251,7 +254,10 @@ func templateReferences(rules *roomRules, key string, template value, limit int)
 		ref := quoted(ids[len(refs)])
 		if rules.eventID == idGiven {
 			pair := slices.AppendSeq(make([]value, 0, 2), entry.elements())
-			hash, _ := pair[1].get("sha256").str()
+			hash, ok := pair[1].get("sha256").str() // not always a hash: some servers know the event by its ID alone
+			if !ok && pair[1].get("sha256") != "" || len(hash) > maxIDLength {
+				return "", fmt.Errorf("%s holds something else than pairs of ID and hash", key)
+			}
 			ref = array(ref, object(field{"sha256", quoted(hash)}))
 		}
 		refs = append(refs, ref)

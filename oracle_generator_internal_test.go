@@ -107,21 +107,21 @@ func (r *oracleRoom) next() *oracleDraft {
 	sender := r.sender()
 	d := r.stateDraft("", "", sender, "")
 	switch n := r.IntN(100); {
-	case n < 45:
+	case n < 50:
 		d = r.member(sender)
-	case n < 65:
+	case n < 69:
 		d.typ, d.content = typePowerLevels, r.powerLevels()
 		if old := r.lookUp(typePowerLevels, ""); old != nil && r.chance(80) {
 			d.content = r.editedLevels(old.content)
 		}
-	case n < 69:
+	case n < 73:
 		d = r.joinRules(sender)
-	case n < 75:
+	case n < 78:
 		d = &oracleDraft{typ: "m.room.message", sender: sender, content: r.text()}
-	case n < 83:
+	case n < 84:
 		d.typ, d.content = pickOracle(r, oracleTypes), r.text()
 		*d.key = pickOracle(r, []string{"", "x", string(sender), string(pickOracle(r, oracleUsers)), "@"})
-	case n < 87:
+	case n < 88:
 		d = r.promise(sender)
 	case n < 91:
 		d.typ, d.content = typeAliases, `{"aliases":["#x:a.example"]}`
@@ -165,12 +165,12 @@ func (r *oracleRoom) createDraft() *oracleDraft {
 		content = content.with("m.federate", pickOracle(r, []value{"false", "false", "true", "null", `"false"`, "0"}))
 	case 2:
 		content = content.with("room_version", pickOracle(r, []value{"", "null", "5", `"99"`, `"org.matrix.msc4014"`}))
-	case 3, 4:
+	case 3, 4, 5:
 		content = content.with("additional_creators", pickOracle(r, []value{"null", "[]", `["x"]`, "[1]", `"@bob:b.example"`, `["@bob:b.example"]`}))
-	case 5:
+	case 6:
 		content = r.mutated(content)
 	}
-	if r.rules.hashRoomID && r.chance(40) {
+	if r.rules.hashRoomID && content.get("additional_creators") == "" && r.chance(40) {
 		content = content.with("additional_creators", `["@bob:b.example","@carol:a.example"]`)
 	}
 	d := r.stateDraft(typeCreate, pickOracle(r, []string{"", "", "", "", "", "", "", "x"}), sender, content)
@@ -182,11 +182,11 @@ func (r *oracleRoom) createDraft() *oracleDraft {
 
 // member is a change of membership.
 func (r *oracleRoom) member(sender UserID) *oracleDraft {
-	target := sender
-	if r.chance(50) {
-		target = pickOracle(r, oracleUsers)
+	membership := quoted(pickOracle(r, append([]string{"join", "join"}, oracleMemberships...)))
+	target := pickOracle(r, oracleUsers)
+	if own := map[value]int{`"join"`: 90, `"knock"`: 90, `"leave"`: 50}[membership]; r.chance(own) {
+		sender = target
 	}
-	membership := quoted(pickOracle(r, append([]string{"join", "join", "leave", "invite"}, oracleMemberships...)))
 	if r.chance(3) {
 		membership = pickOracle(r, []value{"", "null", `"other"`, `""`, "5", `"Join"`})
 	}
@@ -198,7 +198,7 @@ func (r *oracleRoom) member(sender UserID) *oracleDraft {
 		}
 	}
 	if membership == `"join"` && r.chance(40) || r.chance(3) {
-		via := quoted(pickOracle(r, oracleUsers))
+		via := quoted(r.sender())
 		if r.chance(10) {
 			via = r.odd()
 		}
@@ -295,8 +295,8 @@ func (r *oracleRoom) redaction(sender UserID) *oracleDraft {
 func (r *oracleRoom) level() value {
 	n := pickOracle(r, []int64{0, 0, 1, 25, 49, 50, 50, 51, 99, 100, 100, 101, -1})
 	switch {
-	case r.rules.stringLevels && r.chance(6):
-		return quoted(fmt.Sprintf(pickOracle(r, []string{"%d", " %d", "%d ", "0%d", "\t%d", "%d.5", "x%d"}), n))
+	case r.rules.stringLevels && r.chance(6) || r.chance(1):
+		return quoted(fmt.Sprintf(pickOracle(r, []string{"%d", " %d", "%d ", "0%d", "+%d", "\t%d", "%d.5", "x%d"}), n))
 	case r.rules.floatLevels && r.chance(6):
 		return value(fmt.Sprintf(pickOracle(r, []string{"%d.0", "%d.5", "%de0", "%d.5e1"}), n))
 	case r.rules.floatLevels && r.chance(1):
@@ -328,6 +328,9 @@ func (r *oracleRoom) powerLevels() value {
 		if r.chance(80) {
 			content = content.with(key, m)
 		}
+	}
+	if r.chance(3) {
+		content = content.with("users", content.get("users").with("bob", r.level()))
 	}
 	if r.rules.hashRoomID && r.chance(80) && content.get("users") != "" { // creators must not be listed
 		for creator := range creators(r.create) {
@@ -455,8 +458,10 @@ func (r *oracleRoom) prev(d *oracleDraft) value {
 		return "[]"
 	case r.create == nil:
 		return array((&Event{rules: r.rules, id: "$x:a.example"}).reference())
-	case d.first && r.chance(90):
+	case d.first && r.chance(80):
 		return array(r.create.reference())
+	case d.first:
+		return array(pickOracle(r, r.state).reference())
 	}
 	return array(pickOracle(r, r.state).reference(), r.create.reference())
 }

@@ -15,8 +15,9 @@ import (
 )
 
 // This file compares this package with another implementation of the same specification, on random rooms of all versions:
-// what both accept has the same ID, hashes and signatures, and what both judge has the same verdict, apart from the written
-// list of cases below it, each with the rule that this package follows.
+// what both accept has the same ID, hashes and signatures, and what both judge has the same verdict, apart from the cases
+// of a written list, oracleDifferences, each with the rule that this package follows. MXFED_ORACLE_CASES is the number of
+// cases to try.
 
 // oracleCasesPerRoom is how many events are tried in one random room.
 const oracleCasesPerRoom = 20
@@ -62,7 +63,7 @@ func TestOracle(t *testing.T) {
 			}
 			if (c.ours == nil) != (c.peer == nil) {
 				c.explain(t, used)
-			} else if _, isState := c.e.StateKey(); isState && c.ours == nil && c.bytes && c.e.typ != typeCreate {
+			} else if c.e.isState && c.ours == nil && c.bytes && c.e.typ != typeCreate {
 				room.set(c.e)
 			}
 		}
@@ -79,9 +80,7 @@ func TestOracle(t *testing.T) {
 
 // tryNext makes the next event of the room and has both read and judge it; nil if one of them does not accept its form.
 func (r *oracleRoom) tryNext(number int) *oracleCase {
-	r.t.Helper()
-	pdu := r.pdu(r.next())
-	text := r.scrambled(nil, pdu)
+	text := r.scrambled(nil, r.pdu(r.next()))
 	e, err := ParseEvent(r.rules.version, text)
 	if err != nil {
 		return nil
@@ -95,11 +94,12 @@ func (r *oracleRoom) tryNext(number int) *oracleCase {
 	if s := r.signers[c.e.authoriserID().Server()]; s != nil && r.chance(85) {
 		c.e = eventSigned(r.t, c.e, s)
 	}
-	keys := func(server ServerName, id KeyID) ed25519.PublicKey { return oraclePublic(r.signers[server]) }
 	if c.e.rules.eventID == idGiven {
 		c.e = eventSigned(r.t, c.e, r.signers[c.e.id.server()])
 	}
-	c.authorised, err = new(eventParser).checkSignatures(c.e, keys)
+	c.authorised, err = new(eventParser).checkSignatures(c.e, func(server ServerName, _ KeyID) ed25519.PublicKey {
+		return oraclePublic(r.signers[server])
+	})
 	require.NoError(r.t, err)
 	c.ours = authorise(c.e, r.lookUp, c.authorised)
 	c.peer = c.oracleVerdict()

@@ -105,6 +105,9 @@ func (r *Resolver) newTransport() attachedTransport {
 	t.ForceAttemptHTTP2 = true
 	t.IdleConnTimeout = cmp.Or(t.IdleConnTimeout, defaultIdleTimeout)
 	t.MaxResponseHeaderBytes = cmp.Or(t.MaxResponseHeaderBytes, maxAnswerHeader)
+	t.DialContext = func(context.Context, string, string) (net.Conn, error) {
+		return nil, errors.New("only https is allowed")
+	}
 	t.DialTLSContext = func(ctx context.Context, _, address string) (net.Conn, error) {
 		return r.dial(ctx, t.TLSClientConfig, address)
 	}

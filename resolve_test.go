@@ -19,6 +19,7 @@ import (
 
 	"github.com/miekg/dns"
 	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
 )
 
 // onlyIPs is an AllowIP for the addresses listed.
@@ -205,14 +206,22 @@ func TestResolver_NamesDoNotShareConnections(t *testing.T) {
 }
 
 func TestResolver_UnknownAuthority(t *testing.T) {
-	n := mxfed.NewDiscoveryNet(t)
-	n.Zone("example.org. A 127.0.0.1")
-	s := n.Serve(nil, "example.org")
-	n.Resolver.Base = nil
-	_, err := n.Get("https://example.org:" + s.Port + "/")
-	var unknown x509.UnknownAuthorityError
-	require.ErrorAs(t, err, &unknown)
-	require.Empty(t, s.Seen())
+	for name, base := range map[string]*http.Transport{
+		"nil":       nil,
+		"zero":      {},
+		"no HTTP/2": {TLSNextProto: map[string]func(string, *tls.Conn) http.RoundTripper{}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			n := mxfed.NewDiscoveryNet(t)
+			n.Zone("example.org. A 127.0.0.1")
+			s := n.Serve(nil, "example.org")
+			n.Resolver.Base = base
+			_, err := n.Get("https://example.org:" + s.Port + "/")
+			var unknown x509.UnknownAuthorityError
+			require.ErrorAs(t, err, &unknown)
+			require.Empty(t, s.Seen())
+		})
+	}
 }
 
 // TestResolver_BaseCannotChooseTheName: one certificate name for all servers would be none.
@@ -266,6 +275,8 @@ func TestResolver_SRVOrder(t *testing.T) {
 		"next if wrong certificate": {[]string{"fed 10 0 wrong", "fed 20 0 live"}, "live"},
 		"next if no TLS":            {[]string{"fed 10 0 plain", "fed 20 0 live"}, "live"},
 		"next but two":              {[]string{"fed 10 0 dead", "fed 20 0 wrong", "fed 30 0 live", "fed 40 0 other"}, "live"},
+		"beside a malformed one":    {[]string{"fed 0 0 1.2.", "fed 10 0 live"}, "live"},
+		"malformed":                 {[]string{"fed 0 0 1.2.", "old 10 0 other"}, ""},
 		"all fail":                  {[]string{"fed 10 0 dead", "fed 20 0 wrong"}, ""},
 		"eight":                     {strings.Split("fed 10 0 dead,"+strings.Repeat("fed 20 0 dead%,", 6)+"fed 30 0 live", ","), "live"},
 		"nine":                      {strings.Split("fed 10 0 dead,"+strings.Repeat("fed 20 0 dead%,", 7)+"fed 30 0 live", ","), ""},
@@ -280,22 +291,11 @@ func TestResolver_SRVOrder(t *testing.T) {
 			n := mxfed.NewDiscoveryNet(t)
 			n.Resolver.AllowIP = onlyIPs("127.0.0.1")
 			live, other, wrong := n.Serve(nil, "srv.example"), n.Serve(nil, "srv.example"), n.Serve(nil, "wrong.example")
-			ports := map[string]string{"live": live.Port, "other": other.Port, "wrong": wrong.Port, "plain": plainPort(t), "dead": "1", "private": live.Port, "unknown": live.Port, ".": other.Port}
+			ports := map[string]string{"live": live.Port, "other": other.Port, "wrong": wrong.Port, "plain": plainPort(t), "dead": "1", "private": live.Port, "unknown": live.Port, ".": other.Port, "1.2.": other.Port}
 			n.Zone("live.example. A 127.0.0.1", "other.example. A 127.0.0.1", "wrong.example. A 127.0.0.1", "plain.example. A 127.0.0.1",
 				"dead.example. A 127.0.0.1", "private.example. A 127.0.0.2", ". A 127.0.0.1")
 			for i, text := range test.records {
-				var service, target string
-				var priority, weight int
-				fmt.Sscan(strings.TrimSuffix(text, "%"), &service, &priority, &weight, &target)
-				service = map[string]string{"fed": "_matrix-fed", "old": "_matrix"}[service]
-				port := ports[target]
-				if strings.HasSuffix(text, "%") {
-					port = fmt.Sprint(i) // another one on which no one listens
-				}
-				if target != "." {
-					target += ".example."
-				}
-				n.Zone(fmt.Sprintf("%s._tcp.srv.example. SRV %d %d %s %s", service, priority, weight, port, target))
+				n.Zone(srvRecord(text, i, ports))
 			}
 			q, err := http.NewRequest(http.MethodPut, "https://srv.example/", io.NopCloser(strings.NewReader("body")))
 			require.NoError(t, err)
@@ -315,6 +315,21 @@ func TestResolver_SRVOrder(t *testing.T) {
 	}
 }
 
+func srvRecord(text string, i int, ports map[string]string) string {
+	var service, target string
+	var priority, weight int
+	fmt.Sscan(strings.TrimSuffix(text, "%"), &service, &priority, &weight, &target)
+	service = map[string]string{"fed": "_matrix-fed", "old": "_matrix"}[service]
+	port := ports[target]
+	if strings.HasSuffix(text, "%") {
+		port = fmt.Sprint(i) // another one on which no one listens
+	}
+	if !strings.HasSuffix(target, ".") {
+		target += ".example."
+	}
+	return fmt.Sprintf("%s._tcp.srv.example. SRV %d %d %s %s", service, priority, weight, port, target)
+}
+
 // plainPort is where someone answers who does not speak TLS.
 func plainPort(t *testing.T) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
@@ -328,6 +343,7 @@ func plainPort(t *testing.T) string {
 				return
 			}
 			io.WriteString(conn, "220 mail.example ESMTP\r\n")
+			io.Copy(io.Discard, conn) // until the other end hangs up
 			conn.Close()
 		}
 	}()
@@ -529,6 +545,7 @@ func TestResolver_CancelledWhileConnecting(t *testing.T) {
 			defer listener.Close()
 			_, port, _ := net.SplitHostPort(listener.Addr().String())
 			n.Zone("example.org. A 127.0.0.1", "_matrix-fed._tcp.srv.example. SRV 0 0 "+port+" example.org.")
+			ignore := goleak.IgnoreCurrent()
 			ctx, cancel := context.WithCancel(context.Background())
 			defer cancel()
 			q, err := http.NewRequestWithContext(ctx, http.MethodGet, "https://"+strings.ReplaceAll(host, "PORT", port)+"/", nil)
@@ -543,8 +560,7 @@ func TestResolver_CancelledWhileConnecting(t *testing.T) {
 			defer conn.Close()
 			cancel()
 			require.ErrorIs(t, <-failed, context.Canceled)
-			_, err = io.Copy(io.Discard, conn)
-			require.NoError(t, err, "the other end hangs up")
+			goleak.VerifyNone(t, ignore)
 		})
 	}
 }

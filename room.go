@@ -176,7 +176,10 @@ func (m *Membership) Check(now *Room) error {
 	if err := now.checkACL(m.Ask.Origin); err != nil {
 		return err
 	}
-	if findEvent(now.Events, e.id) != nil {
+	if known := findEvent(now.Events, e.id); known != nil {
+		if known.hash != e.hash { // possible where IDs are given, not computed
+			return refuse(ErrInvalidParam, "another event has the ID %s", e.id)
+		}
 		return nil
 	}
 	auth := make([]*Event, 0, maxAuthEvents)
@@ -255,11 +258,17 @@ func (r *Room) conditions() (rooms []RoomID) {
 			rooms = append(rooms, RoomID(room))
 		}
 	}
-	return rooms[:min(len(rooms), maxConditions)]
+	return rooms
 }
 
-// maxConditions bounds how many rooms a host is asked about for one join.
+// maxConditions bounds how many rooms a host is asked about for one join; more cannot be checked.
 const maxConditions = 64
+
+// checkable are the conditions that a host is asked about.
+func (r *Room) checkable() []RoomID {
+	rooms := r.conditions()
+	return rooms[:min(len(rooms), maxConditions)]
+}
 
 // checkConditions tells whether the user asked about is in one of the rooms that the join rule names. One satisfied
 // condition is enough; one that cannot be checked leaves the decision to other servers.
@@ -283,7 +292,7 @@ func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
 	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id),
 		State: withKeys(slices.Clone(admissionState), authKeys(e)...)}
 	if user := e.authoriserID(); user != "" && e.membership == "join" {
-		ask.User, ask.Allow = e.sender, facts.conditions()
+		ask.User, ask.Allow = e.sender, facts.checkable()
 	}
 	return ask
 }

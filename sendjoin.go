@@ -294,7 +294,10 @@ func (c *Client) SendJoin(ctx context.Context, to ServerName, req *SendJoinReque
 		}
 		return nil
 	})
-	if err != nil {
+	switch {
+	case reader.broken != nil:
+		return nil, brokenOff(to, "send_join", err)
+	case err != nil:
 		return nil, c.malformed(to, "send_join", err)
 	}
 	answer := &SendJoinResponse{State: sequence(state), Auth: sequence(auth)}
@@ -347,19 +350,25 @@ func (c *Client) sendJoin(ctx context.Context, to ServerName, req *SendJoinReque
 
 // omittedServers reads who is in the room, which an answer that leaves members out must say.
 func omittedServers(rest map[string]value, asked bool) ([]ServerName, error) {
-	if rest["members_omitted"] != "true" {
+	switch rest["members_omitted"] {
+	case "", "null", "false":
 		return nil, nil
+	case "true":
+	default:
+		return nil, errors.New("members_omitted is no boolean")
 	}
 	if !asked {
 		return nil, errors.New("members were omitted without being asked for")
 	}
 	var servers []ServerName
 	for entry := range rest["servers_in_room"].elements() {
-		name, _ := entry.str()
-		if !ServerName(name).valid() {
-			return nil, errors.New("servers_in_room holds something else than server names")
+		name, ok := entry.str()
+		if !ok {
+			return nil, errors.New("servers_in_room holds something else than strings")
 		}
-		servers = append(servers, ServerName(name))
+		if ServerName(name).valid() { // old rooms have members of servers that nobody can reach
+			servers = append(servers, ServerName(name))
+		}
 	}
 	if len(servers) == 0 {
 		return nil, errors.New("members were omitted without servers_in_room")

@@ -3,6 +3,7 @@ package mxfed
 import (
 	"context"
 	"errors"
+	"maps"
 	"net/http"
 	"runtime"
 	"strings"
@@ -68,9 +69,16 @@ func (s *keySet) fetch(ctx context.Context, events []*Event) {
 	s.fetchKeys(ctx, wanted)
 }
 
+// maxKnownKeys bounds how many keys are remembered while there are some among them that do not exist: one event can name
+// thousands.
+const maxKnownKeys = 100_000
+
 func (s *keySet) fetchKeys(ctx context.Context, wanted []Key) {
 	if s.known == nil {
 		s.known = make(map[keyName]Key)
+	}
+	if len(s.known) > maxKnownKeys {
+		maps.DeleteFunc(s.known, func(_ keyName, k Key) bool { return k.Public == nil })
 	}
 	missing := wanted[:0]
 	index := make(map[keyName]int)
@@ -163,7 +171,7 @@ func (s *keySet) usable(e *Event) keyFunc {
 // explain tells a signature that is wrong or missing from one whose key could not be fetched, which may pass later.
 func (s *keySet) explain(e *Event, err error) error {
 	var missing *signatureError
-	if s.failed != nil && errors.As(err, &missing) && !missing.refuted {
+	if s.failed != nil && errors.As(err, &missing) && !missing.refuted && e.signatures(missing.server).isObject() {
 		return &Error{Code: ErrUnknown, Status: http.StatusBadGateway, Err: errors.Join(err, s.failed),
 			Message: "keys of " + string(missing.server) + " for event " + string(e.id) + " could not be fetched"}
 	}

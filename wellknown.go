@@ -85,7 +85,8 @@ func checkRedirect(q *http.Request, via []*http.Request) error {
 	return nil
 }
 
-// find returns the delegation of host. The only error is the context's: a host that fails to answer delegates to nobody.
+// find returns the delegation of host. The only error is the context's: a host that fails to answer delegates to nobody,
+// and one that takes half of the time that ctx leaves fails, so that there is time to go on without it.
 func (d *delegations) find(ctx context.Context, host string) (delegation, error) {
 	now := d.now()
 	d.mu.Lock()
@@ -101,11 +102,17 @@ func (d *delegations) find(ctx context.Context, host string) (delegation, error)
 	q.waiting++
 	d.mu.Unlock()
 	defer d.leave(host, q)
+	patience := ctx
+	if deadline, ok := ctx.Deadline(); ok {
+		var cancel context.CancelFunc
+		patience, cancel = context.WithTimeout(ctx, time.Until(deadline)/2)
+		defer cancel()
+	}
 	select {
 	case <-q.done:
 		return q.answer, nil
-	case <-ctx.Done():
-		return delegation{}, ctx.Err()
+	case <-patience.Done():
+		return delegation{failure: "no answer in time"}, ctx.Err()
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"runtime"
 	"strconv"
 	"strings"
@@ -89,6 +90,22 @@ func TestResolver_WellKnownAnswers(t *testing.T) {
 	}
 }
 
+func TestResolver_WellKnownWithoutEnd(t *testing.T) {
+	var written atomic.Int64
+	n, direct, _, _ := delegatingNet(t, func(w http.ResponseWriter, r *http.Request) {
+		for chunk := bytes.Repeat([]byte(" "), 32<<10); ; {
+			if _, err := w.Write(chunk); err != nil {
+				return
+			}
+			written.Add(int64(len(chunk)))
+		}
+	})
+	_, err := n.Get("https://example.org/")
+	require.NoError(t, err)
+	require.Len(t, direct.Seen(), 1)
+	require.Less(t, written.Load(), int64(32<<20), "more than what is under way between two buffers")
+}
+
 // TestResolver_DelegationIsFollowedOnce: the delegated host's own delegation is not asked for.
 func TestResolver_DelegationIsFollowedOnce(t *testing.T) {
 	n, _, delegated, web := delegatingNet(t, func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, wellKnownAnswer) })
@@ -100,22 +117,24 @@ func TestResolver_DelegationIsFollowedOnce(t *testing.T) {
 }
 
 func TestResolver_WellKnownRedirects(t *testing.T) {
+	plain := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { io.WriteString(w, wellKnownAnswer) }))
+	defer plain.Close()
 	for name, test := range map[string]struct {
-		to        func(r *http.Request) string // "": answers
-		delegates bool
-		asked     int
+		to      func(r *http.Request) string // "": answers
+		asked   int
+		failure string // "" delegates
 	}{
-		"one":           {redirectOnce("https://other.example/x"), true, 2},
-		"relative":      {redirectOnce("/x"), true, 2},
-		"ten":           {redirectUntil(10), true, 11},
-		"eleven":        {redirectUntil(11), false, 11},
-		"loop":          {func(r *http.Request) string { return "https://example.org/.well-known/matrix/server" }, false, 1},
-		"loop of two":   {redirectBetween("/a", "/b"), false, 3},
-		"http":          {redirectOnce("http://example.org:443/x"), false, 1},
-		"other scheme":  {redirectOnce("ftp://example.org/x"), false, 1},
-		"bad port":      {redirectOnce("https://other.example:65536/x"), false, 1},
-		"no host":       {redirectOnce("https:///x"), false, 1},
-		"name mismatch": {redirectOnce("https://deleg.example:443/x"), false, 1},
+		"one":           {redirectOnce("https://other.example/x"), 2, ""},
+		"relative":      {redirectOnce("/x"), 2, ""},
+		"ten":           {redirectUntil(10), 11, ""},
+		"eleven":        {redirectUntil(11), 11, "too many redirects"},
+		"loop":          {func(r *http.Request) string { return "https://example.org/.well-known/matrix/server" }, 1, "loop"},
+		"loop of two":   {redirectBetween("/a", "/b"), 3, "loop"},
+		"http":          {redirectOnce(plain.URL), 1, "not https"},
+		"other scheme":  {redirectOnce("ftp://example.org/x"), 1, "not https"},
+		"bad port":      {redirectOnce("https://other.example:65536/x"), 1, "malformed host"},
+		"no host":       {redirectOnce("https:///x"), 1, "malformed host"},
+		"name mismatch": {redirectOnce("https://deleg.example:443/x"), 1, "certificate is valid for example.org, other.example"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			n, direct, delegated, web := delegatingNet(t, func(w http.ResponseWriter, r *http.Request) {
@@ -129,18 +148,19 @@ func TestResolver_WellKnownRedirects(t *testing.T) {
 			_, err := n.Get("https://example.org/")
 			require.NoError(t, err)
 			require.Len(t, web.Seen(), test.asked)
-			require.Len(t, delegated.Seen(), b2i(test.delegates))
-			require.Len(t, direct.Seen(), b2i(!test.delegates))
+			known, _ := n.Resolver.wellKnown.known.Get("example.org")
+			if test.failure == "" {
+				require.Len(t, delegated.Seen(), 1)
+				require.Empty(t, direct.Seen())
+				require.Empty(t, known.failure)
+			} else {
+				require.Empty(t, delegated.Seen())
+				require.Len(t, direct.Seen(), 1)
+				require.Contains(t, known.failure, test.failure)
+			}
 			require.Zero(t, n.Asked("_matrix-fed._tcp.other.example.", dns.TypeSRV))
 		})
 	}
-}
-
-func b2i(b bool) int {
-	if b {
-		return 1
-	}
-	return 0
 }
 
 func redirectOnce(to string) func(r *http.Request) string {
@@ -236,6 +256,7 @@ func TestResolver_WellKnownLifetime(t *testing.T) {
 				_, err := n.Get("https://example.org/")
 				require.NoError(t, err)
 				require.Len(t, web.Seen(), want)
+				require.Equal(t, want, web.Conns(), "none is kept for another day")
 				require.Len(t, delegated.Seen(), requests)
 			}
 			ask(1)
@@ -304,12 +325,13 @@ func TestResolver_RemembersBoundedly(t *testing.T) {
 // heldNet is a delegatingNet whose well-known answer waits for release; left is closed when the asker goes away.
 func heldNet(t *testing.T) (n *DiscoveryNet, web *DiscoveryServer, release, left chan struct{}) {
 	release, left = make(chan struct{}), make(chan struct{})
+	var once sync.Once
 	n, _, _, web = delegatingNet(t, func(w http.ResponseWriter, r *http.Request) {
 		select {
 		case <-release:
 			io.WriteString(w, wellKnownAnswer)
 		case <-r.Context().Done():
-			close(left)
+			once.Do(func() { close(left) })
 		}
 	})
 	return n, web, release, left
@@ -356,6 +378,26 @@ func TestResolver_OneQuestionForAll(t *testing.T) {
 	require.Len(t, web.Seen(), 1)
 }
 
+// hurriedContext says that its time is almost over, and never ends.
+type hurriedContext struct{ context.Context }
+
+func (hurriedContext) Deadline() (time.Time, bool) { return time.Now().Add(100 * time.Millisecond), true }
+
+// TestResolver_GoesOnInTime: a host that does not answer on port 443 can still be reached by who has little time.
+func TestResolver_GoesOnInTime(t *testing.T) {
+	n, web, _, _ := heldNet(t)
+	q, err := http.NewRequestWithContext(hurriedContext{context.Background()}, http.MethodGet, "https://example.org/", nil)
+	require.NoError(t, err)
+	for range 2 {
+		answer, err := n.Resolver.RoundTrip(q)
+		require.NoError(t, err)
+		require.NoError(t, answer.Body.Close())
+		require.Equal(t, "example.org", answer.Request.URL.Host)
+	}
+	require.LessOrEqual(t, len(web.Seen()), 2)
+	require.Zero(t, n.Resolver.wellKnown.known.Len(), "the next one may have more time")
+}
+
 func TestResolver_QuestionEndsWithTheLastWhoWaits(t *testing.T) {
 	n, web, release, left := heldNet(t)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -363,8 +405,15 @@ func TestResolver_QuestionEndsWithTheLastWhoWaits(t *testing.T) {
 	for len(web.Seen()) == 0 {
 		runtime.Gosched()
 	}
+	q := n.Resolver.wellKnown.asking["example.org"]
 	cancel()
 	require.ErrorIs(t, <-first, context.Canceled)
+	select {
+	case <-q.done:
+	default:
+		t.Error("the question goes on")
+	}
+	require.Contains(t, q.answer.failure, "context canceled")
 	<-left
 	require.Empty(t, n.Resolver.wellKnown.asking)
 	require.Zero(t, n.Resolver.wellKnown.known.Len(), "giving up says nothing about the host")

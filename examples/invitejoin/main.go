@@ -183,7 +183,7 @@ func (s *story) through(user mxfed.UserID) *mxfed.JoinRequest {
 func (s *story) carolIsRefused(ctx context.Context) error {
 	_, err := s.bob.Join(ctx, s.through(carol))
 	if !errors.Is(err, mxfed.ErrForbidden) {
-		return fmt.Errorf("Carol should have been refused: %w", err)
+		return fmt.Errorf("carol was not refused as she should have been: %v", err)
 	}
 	told := mxfed.ClientError(err)
 	fmt.Fprintf(s.w, "   %s: %s\n", told.Code, told.Message)

@@ -58,19 +58,18 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 	if r == nil || ask.Origin != "" && !r.speaks(ask.To) {
 		return nil, mxfed.ErrNotFound
 	}
-	state := r.state(r.latest)
-	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(state), Events: events(r.find(ask.Events)),
-		Joined: make(map[mxfed.RoomID]bool), Present: servers(state)}
+	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(r.state), Events: events(r.find(ask.Events)),
+		Joined: make(map[mxfed.RoomID]bool), Present: servers(r.state)}
 	if prev := r.find(ask.Prev); len(prev) == len(ask.Prev) && !slices.ContainsFunc(prev, (*entry).outside) {
-		now.Before = events(r.state(prev))
+		now.Before = events(r.after(prev))
 	}
 	for _, id := range ask.Allow {
 		if other := h.rooms[id]; other != nil && other.speaks(ask.To) {
-			now.Joined[id] = slices.ContainsFunc(other.state(other.latest), func(e *entry) bool { return e.joined == ask.User })
+			now.Joined[id] = slices.ContainsFunc(other.state, func(e *entry) bool { return e.joined != "" && e.joined == ask.User })
 		}
 	}
-	if i := slices.IndexFunc(state, func(e *entry) bool { return e.joined.Server() == ask.To }); i >= 0 {
-		now.Local = state[i].Event
+	if i := slices.IndexFunc(r.state, func(e *entry) bool { return e.joined != "" && e.joined.Server() == ask.To }); i >= 0 {
+		now.Local = r.state[i].Event
 	}
 	return now, nil
 }
@@ -110,7 +109,7 @@ func State(typ, key, content string) *mxfed.Draft {
 // State("m.room.join_rules", "", `{"join_rule":"public"}`). Without join rules only invited users can join; without power
 // levels the creator has all power.
 func (h *Host) CreateRoom(ctx context.Context, v mxfed.RoomVersion, creator mxfed.UserID, state ...*mxfed.Draft) (mxfed.RoomID, error) {
-	create := State("m.room.create", "", fmt.Sprintf(`{"creator":%q,"room_version":%q}`, creator, v))
+	create := State("m.room.create", "", fmt.Sprintf(`{"creator":%q}`, creator)) // versions 11 and 12 ignore it
 	create.Version, create.Sender = v, creator
 	if v != "12" { // there the event's hash is the room's ID
 		create.Room = mxfed.RoomID(fmt.Sprintf("!%d:%s", h.created.Add(1), creator.Server()))
@@ -186,7 +185,7 @@ func (h *Host) Events(id mxfed.RoomID) (state, all []*mxfed.Event) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if r := h.rooms[id]; r != nil {
-		state, all = events(r.state(r.latest)), events(r.log)
+		state, all = events(r.state), events(r.log)
 	}
 	return state, all
 }
@@ -196,6 +195,7 @@ type room struct {
 	log     []*entry
 	index   map[mxfed.EventID]*entry
 	latest  []*entry // the forward extremities
+	state   []*entry // after them
 	partial bool     // members were left out when this server joined
 }
 
@@ -218,6 +218,7 @@ func (r *room) add(e *mxfed.Event, prev []*entry) *entry {
 	r.log, r.index[e.ID()] = append(r.log, added), added
 	if prev != nil {
 		r.latest = append(slices.DeleteFunc(r.latest, func(l *entry) bool { return slices.Contains(prev, l) }), added)
+		r.state = r.after(r.latest)
 	}
 	return added
 }
@@ -243,11 +244,11 @@ func (r *room) find(ids []mxfed.EventID) []*entry {
 	return found
 }
 
-// state returns the state after all of latest: for each key the last entry among these events and all that they are built
+// after returns the state after all of heads: for each key the last entry among these events and all that they are built
 // on. A database would store the state at each event, or what each changed.
-func (r *room) state(latest []*entry) (state []*entry) {
+func (r *room) after(heads []*entry) (state []*entry) {
 	counts, set := make([]bool, len(r.log)), make(map[mxfed.StateKey]bool)
-	for _, e := range latest {
+	for _, e := range heads {
 		counts[e.place] = true
 	}
 	for _, e := range slices.Backward(r.log) {
@@ -277,7 +278,7 @@ func servers(state []*entry) map[mxfed.ServerName]bool {
 
 // speaks tells whether a server is in the room and knows all of it.
 func (r *room) speaks(name mxfed.ServerName) bool {
-	return !r.partial && servers(r.state(r.latest))[name]
+	return !r.partial && servers(r.state)[name]
 }
 
 func events(entries []*entry) []*mxfed.Event {
@@ -293,7 +294,7 @@ func (r *room) answer(join *entry, omitMembers bool) (*mxfed.SendJoinResponse, e
 	if join.outside() { // it was part of the room before this server was
 		return nil, mxfed.ErrNotFound
 	}
-	answer, state := &mxfed.SendJoinResponse{Event: join.Event}, r.state(join.prev)
+	answer, state := &mxfed.SendJoinResponse{Event: join.Event}, r.after(join.prev)
 	if omitMembers {
 		answer.Servers = slices.Sorted(maps.Keys(servers(state)))
 		state = slices.DeleteFunc(state, func(e *entry) bool { return e.Type() == "m.room.member" })
