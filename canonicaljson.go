@@ -24,8 +24,10 @@ const maxJSONInteger = 1<<53 - 1
 type numberRule int
 
 const (
-	// numbersAsReceived keeps tokens: room versions 1 to 5, and whatever has no room version.
+	// numbersAsReceived keeps tokens, but writes -0 as 0: room versions 1 to 5, and whatever has no room version.
 	numbersAsReceived numberRule = iota
+	// numbersKept keeps even -0, for events in a request that are judged by the rules of their own room version later.
+	numbersKept
 	// numbersStrict refuses everything but canonical integers: room versions 6 and later.
 	numbersStrict
 	// numbersEncoded writes integral numbers as canonical integers and refuses others: for what we produce ourselves.
@@ -350,7 +352,7 @@ func (r *jsonReader) number() error {
 		}
 		r.out = strconv.AppendInt(r.out, n, 10)
 		return nil
-	case string(token) == "-0":
+	case r.numbers == numbersAsReceived && string(token) == "-0":
 		token = token[1:]
 	}
 	r.out = append(r.out, token...)

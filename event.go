@@ -128,6 +128,15 @@ func (e *Event) Content() json.RawMessage {
 	return json.RawMessage(e.content)
 }
 
+// Membership is the membership that a member event sets, such as "join"; empty for any other event and for a value that is
+// no string. https://spec.matrix.org/v1.19/client-server-api/#mroommember
+func (e *Event) Membership() string {
+	if e == nil {
+		return ""
+	}
+	return e.membership
+}
+
 // JSON is the event as servers send it to each other, in canonical form: what a host stores.
 func (e *Event) JSON() []byte {
 	if e == nil {

@@ -377,6 +377,7 @@ func TestEvent_Nil(t *testing.T) {
 	require.Empty(t, key)
 	require.False(t, ok)
 	require.Empty(t, e.Sender())
+	require.Empty(t, e.Membership())
 	require.Nil(t, e.Prev())
 	require.Nil(t, e.Auth())
 	require.Nil(t, e.Content())
@@ -432,5 +433,19 @@ func TestParseEvent_PublishedIdentifiers(t *testing.T) {
 	for _, v := range append(published.Unknown, published.Other[1:]...) {
 		_, err := mxfed.ParseEvent(v, newEventPDU("1").bytes())
 		require.True(t, errors.Is(err, mxfed.ErrIncompatibleRoomVersion), v)
+	}
+}
+
+func TestEvent_Membership(t *testing.T) {
+	for content, want := range map[string]string{`{"membership":"join"}`: "join", `{"membership":1}`: "", `{}`: "", `{"Membership":"join"}`: ""} {
+		pdu := newEventPDU("10")
+		pdu["type"], pdu["state_key"], pdu["content"] = `"m.room.member"`, `"@alice:domain"`, content
+		e, err := mxfed.ParseEvent("10", pdu.bytes())
+		require.NoError(t, err)
+		require.Equal(t, want, e.Membership(), content)
+		pdu["type"] = `"m.room.message"`
+		e, err = mxfed.ParseEvent("10", pdu.bytes())
+		require.NoError(t, err)
+		require.Empty(t, e.Membership(), content)
 	}
 }

@@ -134,6 +134,7 @@ func newJoinRoom(t testing.TB, version RoomVersion, rule string) *joinRoom {
 
 // draft is an event at the end of the room.
 func (r *joinRoom) draft(sender UserID, typ, key, content string) *draft {
+	content = string(eventCanonical(r.t, []byte(content)))
 	d := &draft{room: r.id, typ: typ, stateKey: &key, sender: sender, content: value(content), depth: 1, prev: "[]", auth: "[]",
 		ts: joinTime.UnixMilli() - 1000, origin: originFor(r.rules, sender.Server())}
 	if len(r.all) > 0 {

@@ -49,7 +49,9 @@ type Room struct {
 // RoomSource states facts of the rooms that this host is in. It is asked at most twice for one request, possibly by many
 // requests at once.
 type RoomSource interface {
-	// Room returns a snapshot. ErrNotFound: RoomQuery.To is not in the room, or has not the whole of its state yet.
+	// Room returns a snapshot. ErrNotFound: the host does not know the room, has not the whole of its state yet, or another
+	// server asks (RoomQuery.Origin) and RoomQuery.To has no user in it. For this server itself a room of which only the
+	// create event exists is known: its creator is about to join.
 	Room(ctx context.Context, id RoomID, ask RoomQuery) (*Room, error)
 }
 

@@ -133,12 +133,16 @@ func TestSendJoin_Numbers(t *testing.T) {
 	for _, v := range srvVersions {
 		s := newSrvSite(t)
 		room := newSrvRoom(t, s, v, nil)
-		for i, number := range []string{"1.0", "1e2", "0.0", "9007199254740992", "-9007199254740992", "1e999999999"} {
+		tolerant := slices.Contains([]mxfed.RoomVersion{"1", "2", "3", "4", "5"}, v)
+		for i, number := range []string{"1.0", "-0", "1e2", "0.0", "9007199254740992", "-9007199254740992", "1e999999999"} {
+			if number == "-0" && tolerant {
+				continue // there it is 0, which the fixture does not hash
+			}
 			s.reset()
 			join := room.joinOf(fmt.Sprintf("@u%d:domain", i), "")
 			join["content"] = map[string]any{"membership": "join", "n": json.Number(number)}
 			w := room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, s.domain))
-			if slices.Contains([]mxfed.RoomVersion{"1", "2", "3", "4", "5"}, v) {
+			if tolerant {
 				require.Equal(t, 200, w.Code, "%s: %s: %.300s", v, number, w.Body)
 			} else {
 				s.requireRefused(t, w, 400, mxfed.ErrBadJSON)

@@ -381,7 +381,7 @@ func (s *Server) readBody(r *http.Request) (value, error) {
 		return "", refuse(ErrTooLarge, "body is larger than %d bytes", s.maxRequest)
 	}
 	var reader jsonReader
-	text, err := reader.canonical(raw, numbersAsReceived)
+	text, err := reader.canonical(raw, numbersKept)
 	if err != nil {
 		return "", because(err, ErrNotJSON, "body cannot be read")
 	}
@@ -396,6 +396,12 @@ func (s *Server) checkCredentials(r *http.Request, uri string, req *Request, all
 		keys[i] = Key{Server: c.origin, ID: c.key, At: now}
 	}
 	err := s.client.lookUp(r.Context(), keys)
+	if strings.Contains(string(body), "-0") { // in what the sender signed, -0 is 0
+		var reader jsonReader
+		if text, err := reader.canonical([]byte(body), numbersAsReceived); err == nil {
+			body = value(text)
+		}
+	}
 	message := requestBytes(r.Method, uri, req.Origin, req.To, body)
 	genuine := false
 	for i, c := range all {

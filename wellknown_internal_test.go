@@ -381,7 +381,9 @@ func TestResolver_OneQuestionForAll(t *testing.T) {
 // hurriedContext says that its time is almost over, and never ends.
 type hurriedContext struct{ context.Context }
 
-func (hurriedContext) Deadline() (time.Time, bool) { return time.Now().Add(100 * time.Millisecond), true }
+func (hurriedContext) Deadline() (time.Time, bool) {
+	return time.Now().Add(100 * time.Millisecond), true
+}
 
 // TestResolver_GoesOnInTime: a host that does not answer on port 443 can still be reached by who has little time.
 func TestResolver_GoesOnInTime(t *testing.T) {
