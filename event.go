@@ -364,8 +364,11 @@ func (p *eventParser) hashes(e *Event) error {
 	}
 	p.buf = appendHashed(p.buf[:0], p.fields)
 	sum := sha256.Sum256(p.buf)
-	claimed, err := decodeBase64(hash)
-	e.hashOK = err == nil && bytes.Equal(claimed, sum[:])
+	p.buf = base64.RawStdEncoding.AppendEncode(p.buf[:0], sum[:])
+	if e.hashOK = string(p.buf) == hash; !e.hashOK { // it may be written in another way
+		claimed, err := decodeBase64(hash)
+		e.hashOK = err == nil && bytes.Equal(claimed, sum[:])
+	}
 	p.buf = appendRedacted(p.buf[:0], e.rules, e.typ, p.fields, false)
 	e.hash = sha256.Sum256(p.buf)
 	switch e.rules.eventID {
@@ -378,9 +381,9 @@ func (p *eventParser) hashes(e *Event) error {
 			return refuse(ErrInvalidParam, "event: event_id is no event ID of room version %s", e.rules.version)
 		}
 	case idBase64:
-		e.id = EventID("$" + base64.RawStdEncoding.EncodeToString(e.hash[:]))
+		e.id = EventID(base64.RawStdEncoding.AppendEncode(append(p.buf[:0], '$'), e.hash[:]))
 	case idURL:
-		e.id = EventID("$" + base64.RawURLEncoding.EncodeToString(e.hash[:]))
+		e.id = EventID(base64.RawURLEncoding.AppendEncode(append(p.buf[:0], '$'), e.hash[:]))
 	}
 	if e.room == "" {
 		e.room = RoomID("!" + e.id[1:])

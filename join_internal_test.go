@@ -358,3 +358,96 @@ func TestJoin_RefusedHere(t *testing.T) {
 		require.Empty(t, n.asked, name)
 	}
 }
+
+// Whether a server left members out, and who else can be asked for them, must be clear.
+// https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
+func TestJoin_MembersOmitted(t *testing.T) {
+	two := []ServerName{"r.example", "third.example:8448"}
+	for name, c := range map[string]struct {
+		omitted, servers value
+		asked            bool
+		want             []ServerName
+		err              string
+	}{
+		"not asked, none left out":        {"", "", false, nil, ""},
+		"not asked, servers all the same": {"false", `["r.example"]`, false, nil, ""},
+		"not asked, left out":             {"true", `["r.example"]`, false, nil, "without being asked"},
+		"asked, none left out":            {"", "", true, nil, ""},
+		"asked, said so":                  {"false", "", true, nil, ""},
+		"asked, null":                     {"null", "null", true, nil, ""},
+		"asked, servers all the same":     {"", `["r.example"]`, true, nil, ""},
+		"asked, left out":                 {"true", `["r.example","third.example:8448"]`, true, two, ""},
+		"some names are none":             {"true", `["r.example","no_name","","third.example:8448","x:y"]`, true, two, ""},
+		"no servers":                      {"true", "", true, nil, "servers_in_room"},
+		"empty":                           {"true", "[]", true, nil, "servers_in_room"},
+		"null":                            {"true", "null", true, nil, "servers_in_room"},
+		"an object":                       {"true", `{"r.example":true}`, true, nil, "servers_in_room"},
+		"a string":                        {"true", `"r.example"`, true, nil, "servers_in_room"},
+		"numbers":                         {"true", `["r.example",1]`, true, nil, "servers_in_room"},
+		"no names":                        {"true", `["no_name"]`, true, nil, "servers_in_room"},
+		"left out: a string":              {`"true"`, `["r.example"]`, true, nil, "members_omitted"},
+		"left out: a number":              {"1", `["r.example"]`, true, nil, "members_omitted"},
+	} {
+		n := &joinNet{room: newJoinRoom(t, "10", "public")}
+		n.answer = func(a *joinAnswer) { a.rest["members_omitted"], a.rest["servers_in_room"] = c.omitted, c.servers }
+		result, err := n.join(t, func(r *JoinRequest) { r.OmitMembers = c.asked })
+		if c.err != "" {
+			require.ErrorContains(t, err, c.err, name)
+			continue
+		}
+		require.NoError(t, err, name)
+		require.Equal(t, c.want, result.Servers, name)
+	}
+}
+
+// The join must be allowed by the room as the answer describes it, which need not be the one that the template spoke of.
+// https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
+func TestJoin_NotAllowed(t *testing.T) {
+	for _, v := range joinVersions {
+		for name, c := range map[string]struct {
+			rule   string
+			change func(r *joinRoom)
+			err    string
+		}{
+			"the rule has changed": {"public", func(r *joinRoom) { r.add(joinAlice, typeJoinRules, "", `{"join_rule":"invite"}`) }, "not invited"},
+			"an unknown rule":      {"public", func(r *joinRoom) { r.add(joinAlice, typeJoinRules, "", `{"join_rule":"private"}`) }, "lets nobody in"},
+			"banned meanwhile":     {"public", func(r *joinRoom) { r.add(joinAlice, typeMember, string(joinUser), `{"membership":"ban"}`) }, "banned"},
+			"no longer invited":    {"invite", func(r *joinRoom) { r.add(joinAlice, typeMember, string(joinUser), `{"membership":"leave"}`) }, "not invited"},
+		} {
+			for _, omit := range []bool{false, true} {
+				if omit && (name == "banned meanwhile" || name == "no longer invited") {
+					continue // nobody can tell
+				}
+				n := &joinNet{room: newJoinRoom(t, v, c.rule)}
+				template := n.room.template()
+				n.template = func(answer value) value { return answer.with("event", template) }
+				c.change(n.room)
+				n.answer = func(a *joinAnswer) {
+					if omit {
+						joinLacking(n.room)(a)
+					}
+				}
+				_, err := n.join(t, func(r *JoinRequest) { r.OmitMembers = omit })
+				require.ErrorContains(t, err, c.err, "%s %s", v, name)
+				require.ErrorContains(t, err, "by the state", "%s %s", v, name)
+			}
+		}
+		n := &joinNet{room: newJoinRoom(t, v, "public")}
+		n.template = func(answer value) value { // nothing says that Bob may come
+			event := answer.get("event")
+			return answer.with("event", event.with("auth_events", references([]*Event{n.room.entry(typePowerLevels, "")})))
+		}
+		_, err := n.join(t, nil)
+		require.ErrorContains(t, err, "by its auth events", v)
+	}
+}
+
+// A room that is closed to other servers cannot be joined from one. https://spec.matrix.org/v1.19/client-server-api/#mroomcreate
+func TestJoin_NotFederated(t *testing.T) {
+	r := &joinRoom{t: t, rules: RoomVersion("10").rules(), id: "!room:r.example"}
+	r.add(joinAlice, typeCreate, "", `{"creator":"@alice:r.example","m.federate":false,"room_version":"10"}`)
+	r.add(joinAlice, typeMember, string(joinAlice), `{"membership":"join"}`)
+	r.add(joinAlice, typeJoinRules, "", `{"join_rule":"public"}`)
+	_, err := (&joinNet{room: r}).join(t, nil)
+	require.ErrorContains(t, err, "closed to other servers")
+}

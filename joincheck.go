@@ -66,6 +66,7 @@ type joinCheck struct {
 
 	texts   map[uint64]*joinNode // of texts that were judged
 	seed    maphash.Seed
+	shared  map[string]string     // types, memberships and the like, see share
 	graph   map[EventID]*joinNode // events whose signatures are right
 	state   []*joinNode           // entries of the list state, in order
 	auth    []*joinNode           // those of the list auth_chain
@@ -118,7 +119,7 @@ func (w *window) add(list string, text []byte) {
 
 func newJoinCheck(v *verifier, rules *roomRules, known bool, req *JoinRequest) *joinCheck {
 	return &joinCheck{keys: keySet{verifier: v}, rules: rules, version: known, room: req.Room, sink: req.Sink,
-		lost: make(map[StateKey]error), texts: make(map[uint64]*joinNode), seed: maphash.MakeSeed(), graph: make(map[EventID]*joinNode),
+		lost: make(map[StateKey]error), shared: make(map[string]string), texts: make(map[uint64]*joinNode), seed: maphash.MakeSeed(), graph: make(map[EventID]*joinNode),
 		result: &JoinResult{Dropped: make(map[EventID]error)}}
 }
 
@@ -276,7 +277,7 @@ func (j *joinCheck) handOn(node *joinNode, e *Event, state bool) error {
 	if err := j.sink(e, state); err != nil {
 		return &sinkError{err}
 	}
-	node.event = node.event.slim()
+	node.event = j.slim(node.event)
 	return nil
 }
 
@@ -319,26 +320,45 @@ func (j *joinCheck) drop(id EventID, err error) {
 	}
 }
 
-// slim is what authorisation needs of e, in memory of its own. Events of which it reads more stay as they are.
-func (e *Event) slim() *Event {
+// slim is what authorisation needs of e, in memory of its own, which it shares with other events as far as they agree.
+// Events of which authorisation reads more stay as they are.
+func (j *joinCheck) slim(e *Event) *Event {
 	switch {
 	case e.typ == typeCreate, e.typ == typePowerLevels, e.typ == typeJoinRules, e.typ == typeThirdPartyInvite, e.typ == typeRedaction,
 		e.typ == typeMember && (e.content.get("third_party_invite") != "" || e.authoriser != ""):
 		return e
 	}
 	s := *e
-	s.text, s.content = "", object(field{"membership", e.content.get("membership")})
-	s.id, s.room, s.typ = EventID(strings.Clone(string(e.id))), RoomID(strings.Clone(string(e.room))), strings.Clone(e.typ)
-	s.stateKey, s.sender, s.membership = strings.Clone(e.stateKey), UserID(strings.Clone(string(e.sender))), strings.Clone(e.membership)
-	s.refs = slices.Clone(e.refs)
-	if s.prevs > 1 { // authorisation asks only whether the create event is the single one
-		s.refs = append(slices.Clone(e.refs[:2]), e.refs[s.prevs:]...)
-		s.prevs = 2
+	s.text, s.content = "", "{}"
+	if membership := e.content.get("membership"); membership != "" {
+		s.content = value(j.share(`{"membership":` + string(membership) + "}"))
 	}
+	s.id, s.room, s.typ, s.membership = EventID(strings.Clone(string(e.id))), j.room, j.share(e.typ), j.share(e.membership)
+	s.stateKey, s.sender = strings.Clone(e.stateKey), UserID(j.share(string(e.sender)))
+	if e.stateKey == string(e.sender) {
+		s.sender = UserID(s.stateKey)
+	}
+	prevs := min(e.prevs, 2) // authorisation asks only whether the create event is the single one
+	s.refs, s.prevs = append(make([]EventID, 0, prevs+len(e.refs)-e.prevs), e.refs[:prevs]...), prevs
+	s.refs = append(s.refs, e.refs[e.prevs:]...)
 	for i, id := range s.refs {
-		s.refs[i] = EventID(strings.Clone(string(id)))
+		if node := j.graph[id]; node != nil {
+			s.refs[i] = node.event.id
+		} else {
+			s.refs[i] = EventID(strings.Clone(string(id)))
+		}
 	}
 	return &s
+}
+
+// share returns a copy of text that all events of the answer have in common.
+func (j *joinCheck) share(text string) string {
+	shared, ok := j.shared[text]
+	if !ok {
+		shared = strings.Clone(text)
+		j.shared[shared] = shared
+	}
+	return shared
 }
 
 // settle authorises the graph and judges it as a whole: from here on nothing more arrives.

@@ -1,7 +1,10 @@
 package mxfed
 
 import (
-	"context"
+	"bytes"
+	"crypto/sha256"
+	"encoding/base64"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -9,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -183,7 +187,7 @@ var joinCases = map[string]joinCase{
 		}
 	}, dropped: []StateKey{{}}},
 	"one bad event of many": {change: func(r *joinRoom, a *joinAnswer) {
-		for i := range 300 {
+		for i := range 100 {
 			joinAdd(a, r.sign(r.draft(joinAlice, "org.example", fmt.Sprint(i), `{}`)), true, false)
 		}
 		joinTampered("m.room.topic", "", "signatures", `{"r.example":{"ed25519:1":"AAAA"}}`)(r, a)
@@ -376,7 +380,198 @@ func TestJoin_KeyRounds(t *testing.T) {
 	}
 }
 
-var _ = context.Background
-var _ = io.EOF
-var _ = runtime.Gosched
-var _ = time.Now
+// joinNamed is a finished event with an ID of one's choice, as room versions 1 and 2 allow.
+func (r *joinRoom) named(id EventID, d *draft) *Event {
+	fields := append(d.fields(), field{"event_id", quoted(id)})
+	var p eventParser
+	sum := sha256.Sum256([]byte(object(slices.Clone(fields)...)))
+	hashes := object(field{"sha256", quoted(base64.RawStdEncoding.EncodeToString(sum[:]))})
+	e, err := p.parse(r.rules, []byte(object(append(fields, field{"hashes", hashes}, field{"signatures", "{}"})...)))
+	require.NoError(r.t, err)
+	e, err = approved{e}.sign(joinSigner(r.t, d.sender.Server()))
+	require.NoError(r.t, err)
+	require.True(r.t, e.hashOK)
+	return e
+}
+
+// Where IDs are given, events can authorise one another in a circle: none of them counts.
+func TestJoin_AuthCycles(t *testing.T) {
+	reference := func(id EventID) value { return array(quoted(id), `{"sha256":"AAAA"}`) }
+	for _, v := range []RoomVersion{"1", "2"} {
+		for length := 1; length <= 4; length++ {
+			c := joinCase{dropped: []StateKey{{"m.room.name", ""}}}
+			c.change = func(r *joinRoom, a *joinAnswer) {
+				create, alice := r.entry(typeCreate, ""), r.entry(typeMember, string(joinAlice))
+				for i := range length {
+					d := r.draft(joinAlice, typePowerLevels, fmt.Sprint("x", i), `{}`)
+					if i == 0 || length > 1 { // power levels and member events may name each other
+						d.typ, *d.stateKey = typeMember, fmt.Sprintf("@user%d:r.example", i)
+					}
+					next := reference(EventID(fmt.Sprintf("$cycle%d:r.example", (i+1)%length)))
+					d.auth = array(create.reference(), next)
+					joinAdd(a, r.named(EventID(fmt.Sprintf("$cycle%d:r.example", i)), d), false, true)
+				}
+				d := r.draft(joinAlice, "m.room.name", "", `{"name":"x"}`)
+				d.auth = array(create.reference(), reference("$cycle0:r.example"), alice.reference())
+				joinAdd(a, r.sign(d), true, false)
+			}
+			for i := range length {
+				c.dropped = append(c.dropped, StateKey{typeMember, fmt.Sprintf("@user%d:r.example", i)})
+			}
+			c.run(t, v, fmt.Sprint("cycle of ", length))
+		}
+		c := joinCase{change: func(r *joinRoom, a *joinAnswer) { // what the first one of an ID says, stays said
+			topic := r.entry("m.room.topic", "")
+			joinAdd(a, r.named(topic.id, r.draft(joinAlice, "m.room.name", "", `{"name":"x"}`)), true, true)
+		}}
+		c.run(t, v, "one ID, two events")
+	}
+}
+
+// joinGraph is a graph of events whose signatures are taken for right.
+func joinGraph(t testing.TB, events ...*Event) *joinCheck {
+	j := newJoinCheck(&verifier{now: time.Now}, RoomVersion("10").rules(), true, &JoinRequest{Room: events[0].room})
+	for _, e := range events {
+		j.graph[e.id] = &joinNode{event: e}
+	}
+	return j
+}
+
+// A chain of 100,000 events is followed to its end, from any start; if its first event does not hold, none does.
+func TestJoin_LongChain(t *testing.T) {
+	const length = 100_000
+	r := newJoinRoom(t, "10", "public")
+	create, alice, levels := r.entry(typeCreate, ""), r.entry(typeMember, string(joinAlice)), r.entry(typePowerLevels, "")
+	for _, whole := range []bool{true, false} {
+		events := []*Event{create, alice, levels}
+		for i := range length {
+			e := *levels
+			e.id = EventID(fmt.Sprint("$", i))
+			e.refs = []EventID{alice.id, create.id, alice.id, events[len(events)-1].id}
+			e.prevs = 1
+			events = append(events, &e)
+		}
+		if !whole {
+			events = slices.Delete(events, 1, 2)
+		}
+		j := joinGraph(t, events...)
+		j.visit(j.graph[events[len(events)-1].id])
+		for _, e := range events[2:] {
+			require.Equal(t, visited, j.graph[e.id].visited)
+			require.Equal(t, whole, j.graph[e.id].err == nil, j.graph[e.id].err)
+		}
+	}
+}
+
+// joinStream serves an answer and counts what was read of it.
+type joinStream struct {
+	io.Reader
+	read atomic.Int64
+}
+
+func (s *joinStream) Read(b []byte) (int, error) {
+	n, err := s.Reader.Read(b)
+	s.read.Add(int64(n))
+	return n, err
+}
+
+func (s *joinStream) Close() error { return nil }
+
+// bigAnswer has the resident answer with n state events of 60 KiB.
+func bigAnswer(t testing.TB, n *joinNet, count int) *joinStream {
+	stream := new(joinStream)
+	var state []value
+	for i := range count {
+		state = append(state, n.room.sign(n.room.draft(joinAlice, "org.example.big", fmt.Sprint(i), `{"x":"`+strings.Repeat("x", 60<<10)+`"}`)).text)
+	}
+	n.serve = func(q *http.Request, endpoint string) *http.Response {
+		if endpoint != "send_join" {
+			return nil
+		}
+		a := n.room.answer(n.bodies[len(n.bodies)-1])
+		a.state = append(a.state, state...)
+		stream.Reader = bytes.NewReader(a.text())
+		return &http.Response{StatusCode: 200, Header: http.Header{}, Body: stream}
+	}
+	return stream
+}
+
+// The sink gets events while the answer arrives, and holds it back: two windows are ahead of it at most.
+func TestJoin_BackPressure(t *testing.T) {
+	n := &joinNet{room: newJoinRoom(t, "10", "public")}
+	stream := bigAnswer(t, n, 350)
+	var taken, last int64
+	sinking := atomic.Bool{}
+	result, err := n.join(t, func(r *JoinRequest) {
+		r.Sink = func(e *Event, _ bool) error {
+			require.True(t, sinking.CompareAndSwap(false, true), "one at a time")
+			defer sinking.Store(false)
+			runtime.Gosched()
+			taken += int64(len(e.JSON()))
+			require.Less(t, stream.read.Load()-taken, int64(2*windowBytes+1<<20))
+			return nil
+		}
+		r.Progress = func(via ServerName, events int, bytes int64) {
+			require.False(t, sinking.Load(), "not while the sink is at work")
+			require.Equal(t, joinVia, via)
+			require.Greater(t, bytes, last)
+			require.LessOrEqual(t, int64(events)*200, bytes)
+			last = bytes
+		}
+	})
+	require.NoError(t, err)
+	require.Empty(t, result.Dropped)
+	require.Nil(t, result.State)
+	require.Nil(t, result.Auth)
+	require.Greater(t, taken, int64(20<<20))
+	require.Equal(t, stream.read.Load(), last)
+}
+
+// An answer of very many tiny entries takes no more memory than one of events, also if nobody says which version they are of.
+func TestJoin_TinyEntries(t *testing.T) {
+	for _, named := range []bool{true, false} {
+		n := &joinNet{room: newJoinRoom(t, "1", "public")}
+		if !named {
+			n.template = func(answer value) value { return answer.with("room_version", "") }
+		}
+		n.answer = func(a *joinAnswer) { a.state = append(a.state, slices.Repeat([]value{"0"}, 10*windowEvents)...) }
+		before, largest := 0, 0
+		result, err := n.join(t, func(r *JoinRequest) {
+			r.Progress = func(_ ServerName, events int, _ int64) {
+				largest, before = max(largest, events-before), events
+			}
+		})
+		require.NoError(t, err)
+		require.Len(t, result.Dropped, 1)
+		require.Greater(t, before, 10*windowEvents)
+		require.LessOrEqual(t, largest, windowEvents)
+	}
+}
+
+// An error of the sink is the host's own: it ends the join, and no other server is asked. Nor is one once the sink has
+// events of the first.
+func TestJoin_SinkDecides(t *testing.T) {
+	fail := func(*Event, bool) error { return errJoinSink }
+	take := func(*Event, bool) error { return nil }
+	broken := func(r *joinRoom, a *joinAnswer) { a.state = a.state[1:] }
+	for name, c := range map[string]struct {
+		sink   func(*Event, bool) error
+		change func(r *joinRoom, a *joinAnswer)
+		next   bool
+		own    bool
+	}{
+		"fails":                         {fail, func(*joinRoom, *joinAnswer) {}, false, true},
+		"has events of a bad answer":    {take, broken, false, false},
+		"none, bad answer":              {nil, broken, true, false},
+		"has no events of a bad answer": {take, func(_ *joinRoom, a *joinAnswer) { a.state, a.auth = []value{"1"}, nil }, true, false},
+	} {
+		n := &joinNet{room: newJoinRoom(t, "10", "public")}
+		n.answer = func(a *joinAnswer) { c.change(n.room, a) }
+		_, err := n.join(t, func(r *JoinRequest) { r.Sink, r.Via = c.sink, []ServerName{joinVia, "next.example"} })
+		require.Equal(t, c.own, errors.Is(err, errJoinSink), name)
+		require.Equal(t, c.next, slices.Contains(n.asked, "v1 make_join next.example"), name)
+		if c.own {
+			require.Equal(t, 500, ClientError(err).Status)
+		}
+	}
+}

@@ -244,8 +244,10 @@ func TestKeyRing_NotaryIsOutdated(t *testing.T) {
 func TestKeyRing_NotaryFails(t *testing.T) {
 	big := strings.Repeat(" ", 4<<20)
 	for name, handler := range map[string]http.HandlerFunc{
-		"500":       func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
-		"redirect":  func(w http.ResponseWriter, r *http.Request) { http.Redirect(w, r, "https://a.example/", http.StatusTemporaryRedirect) },
+		"500": func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(500) },
+		"redirect": func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, "https://a.example/", http.StatusTemporaryRedirect)
+		},
 		"no JSON":   func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, "<html>") },
 		"too large": func(w http.ResponseWriter, _ *http.Request) { io.WriteString(w, big+`{"server_keys":[]}`) },
 	} {
