@@ -272,8 +272,10 @@ func TestSendJoin_Client(t *testing.T) {
 // FuzzSendJoinAnswer gives answers to the joins of rooms of two formats. Whatever is taken must be proven.
 func FuzzSendJoinAnswer(f *testing.F) {
 	versions := []RoomVersion{"1", "10", "12"}
+	var rooms []*joinRoom
 	for i, v := range versions {
 		r := newJoinRoom(f, v, "restricted")
+		rooms = append(rooms, r)
 		honest := r.answer(r.fuzzedJoin().text)
 		f.Add(i, false, false, honest.text())
 		tampered := *honest
@@ -293,8 +295,9 @@ func FuzzSendJoinAnswer(f *testing.F) {
 		if version < 0 || version >= len(versions) {
 			return
 		}
-		n := &joinNet{room: newJoinRoom(t, versions[version], "restricted")}
-		join := n.room.fuzzedJoin()
+		room := *rooms[version]
+		room.t = t
+		n, join := &joinNet{room: &room}, room.fuzzedJoin()
 		c, _ := n.server(t, nil)
 		req := &JoinRequest{Room: n.room.id, User: joinUser}
 		got := 0

@@ -113,6 +113,13 @@ type window struct {
 
 func (w *window) add(list string, text []byte) {
 	start := len(w.text)
+	if need := start + len(text); need > cap(w.text) { // grown by doubling it would cost twice its size
+		size := windowBytes / 16
+		if need > size {
+			size = max(windowBytes+maxEventText, 2*start)
+		}
+		w.text = append(make([]byte, 0, size), w.text...)
+	}
 	w.text = append(w.text, text...)
 	w.items = append(w.items, windowItem{state: list == listState, start: start, end: len(w.text)})
 }

@@ -62,7 +62,7 @@ type keySet struct {
 
 // fetch asks for the keys that events need and that were not asked for yet, all at once.
 func (s *keySet) fetch(ctx context.Context, events []*Event) {
-	var wanted []Key
+	wanted := make([]Key, 0, len(events))
 	for _, e := range events {
 		wanted = e.wantedKeys(wanted)
 	}
