@@ -40,7 +40,11 @@ const (
 // https://spec.matrix.org/v1.19/appendices/#canonical-json
 func CanonicalJSON(b []byte) ([]byte, error) {
 	var r jsonReader
-	return r.canonical(b, numbersEncoded)
+	text, err := r.canonical(b, numbersEncoded)
+	if err != nil {
+		return nil, fmt.Errorf("mxfed: %w", err)
+	}
+	return text, nil
 }
 
 // jsonReader writes the canonical form of src to out. It may be used again and then reuses its buffers.

@@ -2,6 +2,7 @@ package mxfed
 
 import (
 	"context"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -311,8 +312,11 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 		if pub == nil || !verify(pub, message, text) {
 			continue
 		}
-		var err error
-		if signed, err = signed.withSignature(server, KeyID(id), text); err != nil {
+		raw, err := decodeBase64(text) // others may be less liberal about its form than verify
+		if err == nil {
+			signed, err = signed.withSignature(server, KeyID(id), base64.RawStdEncoding.EncodeToString(raw))
+		}
+		if err != nil {
 			return nil, err
 		}
 	}

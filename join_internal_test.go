@@ -51,6 +51,11 @@ var joinEchoes = map[string]struct {
 	}, true, false},
 	"their signature wrong":     {joinEchoSigned(joinVia, "ed25519:1", `"AAAA"`), true, false},
 	"their signature a number":  {joinEchoSigned(joinVia, "ed25519:1", `5`), true, false},
+	"their signature padded": {func(_ *joinRoom, e value) value {
+		sig, _ := e.get("signatures").get(string(joinVia)).get("ed25519:1").str()
+		sig = strings.NewReplacer("+", "-", "/", "_").Replace(sig) + strings.Repeat("=", 1000)
+		return joinEchoSigned(joinVia, "ed25519:1", quoted(sig))(nil, e)
+	}, true, true},
 	"their signature renamed":   {joinEchoRenamed, true, false},
 	"our signature gone":        {joinEchoSigned("us.example", "ed25519:1", ""), false, false},
 	"our signature wrong":       {joinEchoSigned("us.example", "ed25519:1", `"AAAA"`), false, false},
