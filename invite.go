@@ -312,11 +312,9 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 		if pub == nil || !verify(pub, message, text) {
 			continue
 		}
-		raw, err := decodeBase64(text) // others may be less liberal about its form than verify
-		if err == nil {
-			signed, err = signed.withSignature(server, KeyID(id), base64.RawStdEncoding.EncodeToString(raw))
-		}
-		if err != nil {
+		raw, _ := decodeBase64(text) // as verify has; others may be less liberal about its form
+		var err error
+		if signed, err = signed.withSignature(server, KeyID(id), base64.RawStdEncoding.EncodeToString(raw)); err != nil {
 			return nil, err
 		}
 	}

@@ -49,8 +49,8 @@ var joinEchoes = map[string]struct {
 	"their signature gone": {func(_ *joinRoom, e value) value {
 		return e.with("signatures", e.get("signatures").with(string(joinVia), ""))
 	}, true, false},
-	"their signature wrong":     {joinEchoSigned(joinVia, "ed25519:1", `"AAAA"`), true, false},
-	"their signature a number":  {joinEchoSigned(joinVia, "ed25519:1", `5`), true, false},
+	"their signature wrong":    {joinEchoSigned(joinVia, "ed25519:1", `"AAAA"`), true, false},
+	"their signature a number": {joinEchoSigned(joinVia, "ed25519:1", `5`), true, false},
 	"their signature padded": {func(_ *joinRoom, e value) value {
 		sig, _ := e.get("signatures").get(string(joinVia)).get("ed25519:1").str()
 		sig = strings.NewReplacer("+", "-", "/", "_").Replace(sig) + strings.Repeat("=", 1000)

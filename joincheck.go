@@ -142,8 +142,12 @@ func (j *joinCheck) read(ctx context.Context, r *answerReader, v1 bool, progress
 		checked = nil
 		return err
 	}
-	events := 0
+	events, limit := 0, windowBytes
+	if j.version { // checking starts soon, unless the first window has to show the room version
+		limit = windowBytes / 8
+	}
 	flush := func() error {
+		limit = windowBytes
 		if err := wait(); err != nil {
 			return err
 		}
@@ -159,7 +163,7 @@ func (j *joinCheck) read(ctx context.Context, r *answerReader, v1 bool, progress
 	}
 	rest, err := r.read(v1, func(list string, text []byte) error {
 		filling.add(list, text)
-		if len(filling.text) < windowBytes && len(filling.items) < windowEvents {
+		if len(filling.text) < limit && len(filling.items) < windowEvents {
 			return nil
 		}
 		return flush()
@@ -190,10 +194,10 @@ func (j *joinCheck) check(ctx context.Context, w *window) error {
 			item.node.event, item.node.authorised, item.node.err = v.event, v.authorised, v.err
 		}
 	})
-	if err := ctx.Err(); err != nil {
-		return err
-	}
 	for i := range items {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		if item := &items[i]; item.err != nil {
 			j.loseText(item, w.text[item.start:item.end])
 		} else if err := j.deliver(item); err != nil {
