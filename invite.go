@@ -104,7 +104,7 @@ func NewInviteHandler(s *Server, host InviteHost) http.Handler {
 		writeJSON(w, http.StatusOK, versioned(in.version, object(field{"event", answer})))
 		return nil
 	}
-	return &endpoint{server: s, name: "invite", method: http.MethodPut, versions: []string{"v1", "v2"}, serve: serve}
+	return &endpoint{server: s, name: "invite", method: http.MethodPut, versions: []string{"v1", "v2"}, params: 2, serve: serve}
 }
 
 // versioned wraps an answer as version 1 of an endpoint does. https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv1inviteroomideventid

@@ -42,7 +42,7 @@ func NewMakeJoinHandler(s *Server) http.Handler {
 		writeJSON(w, http.StatusOK, value(body))
 		return nil
 	}
-	return &endpoint{server: s, name: "make_join", method: http.MethodGet, versions: []string{"v1"}, serve: serve}
+	return &endpoint{server: s, name: "make_join", method: http.MethodGet, versions: []string{"v1"}, params: 2, serve: serve}
 }
 
 // makeJoin makes the template for a join that the room would let in now.

@@ -75,7 +75,7 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 	if s.client.noV1 {
 		versions = versions[1:]
 	}
-	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: versions, serve: serve}
+	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: versions, params: 2, serve: serve}
 }
 
 // memberSent makes every check of a member event that another server sends about its own user, and adds our signature.

@@ -188,7 +188,7 @@ func requestURI(r *http.Request) string {
 	return uri
 }
 
-// parseTarget reads version, endpoint and two path parameters from the request line.
+// parseTarget reads version, endpoint and path parameters from the request line.
 func parseTarget(r *http.Request) (target, error) {
 	t := target{uri: requestURI(r)}
 	path, query, _ := strings.Cut(t.uri, "?")
@@ -217,12 +217,13 @@ func errUnrecognized(status int) error {
 	return &Error{Code: ErrUnrecognized, Status: status, Message: "unknown endpoint or method"}
 }
 
-// endpoint is one endpoint with a room and an event or user in its path.
+// endpoint is one endpoint of authenticated requests.
 type endpoint struct {
 	server   *Server
 	name     string
 	method   string
 	versions []string
+	params   int // in the path, after the name
 	// serve checks and answers; an error it returns is written as the answer.
 	serve func(ctx context.Context, w http.ResponseWriter, in *incoming) error
 }
@@ -235,7 +236,7 @@ type incoming struct {
 	signer *Signer // of To
 }
 
-// room and id are the two path parameters.
+// room is the first path parameter, of most endpoints; id is the second, an event or a user.
 func (in *incoming) room() RoomID { return RoomID(in.params[0]) }
 func (in *incoming) id() string   { return in.params[1] }
 
@@ -256,13 +257,13 @@ func (e *endpoint) accept(r *http.Request) (*incoming, error) {
 	if err != nil {
 		return nil, err
 	}
-	if t.endpoint != e.name || len(t.params) != 2 || !slices.Contains(e.versions, t.version) {
+	if t.endpoint != e.name || len(t.params) != e.params || !slices.Contains(e.versions, t.version) {
 		return nil, errUnrecognized(http.StatusNotFound)
 	}
 	if r.Method != e.method {
 		return nil, errUnrecognized(http.StatusMethodNotAllowed)
 	}
-	if t.params[0] == "" || t.params[1] == "" {
+	if slices.Contains(t.params, "") {
 		return nil, refuse(ErrInvalidParam, "path lacks an ID")
 	}
 	req, body, err := e.server.authenticate(r, t)
@@ -421,16 +422,21 @@ func (s *Server) checkCredentials(r *http.Request, uri string, req *Request, all
 
 // subject is whom a request speaks of, for Config.Allow.
 func (t *target) subject(body value) (room RoomID, user UserID) {
-	if len(t.params) != 2 {
-		return "", ""
+	for _, p := range t.params {
+		switch {
+		case strings.HasPrefix(p, "!"):
+			room = RoomID(p)
+		case strings.HasPrefix(p, "@"):
+			user = UserID(p)
+		}
 	}
-	if strings.HasPrefix(t.params[1], "@") {
-		return RoomID(t.params[0]), UserID(t.params[1])
+	if user == "" {
+		event := body
+		if t.endpoint == "invite" && t.version != "v1" {
+			event = body.get("event")
+		}
+		key, _ := event.get("state_key").str()
+		user = UserID(key)
 	}
-	event := body
-	if t.endpoint == "invite" && t.version != "v1" {
-		event = body.get("event")
-	}
-	key, _ := event.get("state_key").str()
-	return RoomID(t.params[0]), UserID(key)
+	return room, user
 }
