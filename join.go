@@ -77,41 +77,17 @@ type joinTry struct {
 }
 
 func (t *joinTry) join(ctx context.Context) (*JoinResult, error) {
-	join, known, err := t.make(ctx)
+	join, template, err := t.memberEvent(ctx, t.via, newMemberDraft(t.req.Room, t.req.User, "join"), t.content)
 	if err != nil {
 		return nil, err
 	}
+	known := template.Version != ""
 	result, err := t.prove(ctx, join, known, t.req.OmitMembers)
 	var lacking *lackingError
 	if errors.As(err, &lacking) && t.req.OmitMembers && !t.sunk { // the answer left out more than members: ask for all of it
 		result, err = t.prove(ctx, join, known, false)
 	}
 	return result, err
-}
-
-// make gets a template and makes our event of it; known: the server named the room version.
-func (t *joinTry) make(ctx context.Context) (join *Event, known bool, err error) {
-	d := newMemberDraft(t.req.Room, t.req.User, "join")
-	q := &call{to: t.via, endpoint: "make_join", method: http.MethodGet,
-		uri: federationURI("v1", "make_join", string(t.req.Room), string(t.req.User)) + "?" + t.supported()}
-	answer, err := t.askTemplate(ctx, q, t.req.User)
-	if err != nil {
-		return nil, false, err
-	}
-	ready, rules, err := t.readTemplate(answer, d, t.via)
-	if err != nil {
-		return nil, false, t.malformed(t.via, "make_join", err)
-	}
-	authoriser := ready.content.get("join_authorised_via_users_server")
-	ready.content = t.content.with("join_authorised_via_users_server", authoriser)
-	ready.ts = t.now().UnixMilli()
-	event, err := ready.build(rules)
-	if err != nil {
-		return nil, false, err
-	}
-	// The event says that our own user joins this room, and nothing else that is not ours but its place in the graph.
-	join, err = approved{event}.sign(t.signer(t.req.User.Server()))
-	return join, answer.Version != "", err
 }
 
 // prove sends the join and proves the answer.

@@ -219,8 +219,7 @@ func (r *joinRepeat) Read(b []byte) (int, error) {
 func TestSendJoin_Client(t *testing.T) {
 	n := &joinNet{room: newJoinRoom(t, "10", "public")}
 	c, _ := n.server(t, nil)
-	try := joinTry{Client: c, req: &JoinRequest{Room: n.room.id, User: joinUser}, via: joinVia, content: `{"membership":"join"}`}
-	join, _, err := try.make(context.Background())
+	join, _, err := c.memberEvent(context.Background(), joinVia, newMemberDraft(n.room.id, joinUser, "join"), `{"membership":"join"}`)
 	require.NoError(t, err)
 	n.answer = func(a *joinAnswer) {
 		a.state = []value{`1`, `{"b":1,"a":2}`}

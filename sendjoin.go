@@ -5,11 +5,9 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"net/http"
-	"slices"
 	"time"
 )
 
@@ -54,7 +52,7 @@ func (f JoinHostFunc) AcceptJoin(ctx context.Context, m *Membership) (*SendJoinR
 // https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
 func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 	serve := func(ctx context.Context, w http.ResponseWriter, in *incoming) error {
-		m, err := s.memberSent(ctx, in, "join")
+		m, _, err := s.memberSent(ctx, in, "join")
 		if err != nil {
 			return err
 		}
@@ -76,97 +74,6 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 		versions = versions[1:]
 	}
 	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: versions, params: 2, serve: serve}
-}
-
-// memberSent makes every check of a member event that another server sends about its own user, and adds our signature.
-func (s *Server) memberSent(ctx context.Context, in *incoming, membership string) (*Membership, error) {
-	ask := RoomQuery{Origin: in.Origin, To: in.To, State: slices.Clone(admissionState)}
-	room, rules, err := readRoom(ctx, s.client.rooms, in.room(), ask)
-	if err != nil {
-		return nil, err
-	}
-	if err := room.checkACL(in.Origin); err != nil {
-		return nil, err
-	}
-	var p eventParser
-	e, err := p.parse(rules, []byte(in.body))
-	if err != nil {
-		return nil, err
-	}
-	if err := checkMemberForm(e, in, membership); err != nil {
-		return nil, err
-	}
-	v := s.client.events(ctx, []*Event{e})[0]
-	if v.err != nil {
-		return nil, v.err
-	}
-	if !e.hashOK {
-		return nil, refuse(ErrInvalidParam, "content hash is wrong")
-	}
-	if err := checkAuthoriser(e, in.To, v.authorised); err != nil {
-		return nil, err
-	}
-	m := &Membership{Event: e, Ask: factsFor(e, in.Origin, in.To, room)}
-	if room, _, err = readRoom(ctx, s.client.rooms, in.room(), m.Ask); err != nil {
-		return nil, err
-	}
-	return m, s.approve(ctx, m, room, in.signer)
-}
-
-// checkMemberForm checks what the event says against who sends it and where.
-func checkMemberForm(e *Event, in *incoming, membership string) error {
-	switch {
-	case e.room != in.room():
-		return refuse(ErrInvalidParam, "room_id differs from the path")
-	case e.id != EventID(in.id()):
-		return refuse(ErrInvalidParam, "event ID differs from the path")
-	case e.typ != typeMember:
-		return refuse(ErrInvalidParam, "event is not of type %s", typeMember)
-	case e.membership != membership:
-		return refuse(ErrInvalidParam, "membership is not %s", membership)
-	case e.sender.Server() != in.Origin:
-		return refuse(ErrInvalidParam, "sender is not of %s", in.Origin)
-	case !e.isState || e.stateKey != string(e.sender):
-		return refuse(ErrInvalidParam, "state_key is not the sender")
-	}
-	return nil
-}
-
-// checkAuthoriser checks who is said to authorise a join: a user of ours, about whom the room decides, or one of a server
-// that has signed already.
-func checkAuthoriser(e *Event, to ServerName, signed bool) error {
-	if !e.rules.restricted || e.authoriser == "" {
-		return nil
-	}
-	user := e.authoriserID()
-	if !user.valid() {
-		return refuse(ErrInvalidParam, "join_authorised_via_users_server is no user ID")
-	}
-	if user.Server() != to && !signed {
-		return refuse(ErrInvalidParam, "%s has not signed the event that its user authorises", user.Server())
-	}
-	return nil
-}
-
-// approve judges the event by the room's facts, signs it and makes sure that the signature holds.
-func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer *Signer) error {
-	if err := m.Check(room); err != nil {
-		return err
-	}
-	signed, err := approved{m.Event}.sign(signer)
-	if err != nil {
-		return err
-	}
-	m.Event = signed
-	var p eventParser
-	keys := keySet{verifier: &s.client.verifier}
-	keys.fetchKeys(ctx, []Key{{Server: signer.name, ID: signer.id}})
-	if pub := keys.known[keyName{signer.name, signer.id}].Public; pub == nil {
-		return fmt.Errorf("signer of %s does not know its own key", signer.name)
-	} else if sig, _ := signed.signatures(signer.name).get(string(signer.id)).str(); !verify(pub, p.signedBytes(signed), sig) {
-		return fmt.Errorf("signer of %s made a signature that does not verify", signer.name)
-	}
-	return nil
 }
 
 // write streams the answer. An error before anything was sent is returned; afterwards the answer is left unfinished, so

@@ -85,8 +85,7 @@ func makeFromTemplate(t testing.TB, room RoomID, answer string) (*joinSignatures
 	c, key := n.server(t, nil)
 	content, err := memberContent([]byte(templateContent), "join")
 	require.NoError(t, err)
-	try := joinTry{Client: c, req: &JoinRequest{Room: room, User: joinUser}, via: joinVia, content: content}
-	join, _, err := try.make(context.Background())
+	join, _, err := c.memberEvent(context.Background(), joinVia, newMemberDraft(room, joinUser, "join"), content)
 	require.Equal(t, err == nil, join != nil)
 	return key, join, err
 }
