@@ -20,18 +20,8 @@ func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error
 	if c.signer(req.User.Server()) == nil || !req.User.valid() {
 		return nil, refuse(ErrInvalidParam, "%q is no user of this server", req.User)
 	}
-	if len(req.Via) == 0 {
-		return nil, refuse(ErrNotFound, "no server is known that may be in the room")
-	}
-	var errs []error
-	for i, via := range req.Via {
-		if slices.Contains(req.Via[:i], via) || c.signer(via) != nil {
-			continue
-		}
-		if !via.valid() { // such lists come from links and other servers
-			errs = append(errs, refuse(ErrInvalidParam, "%q is no server name", via))
-			continue
-		}
+	servers, errs := c.candidates(req.Via)
+	for _, via := range servers {
 		try := joinTry{Client: c, req: req, via: via, content: content}
 		result, err := try.join(ctx)
 		if err == nil {
@@ -43,7 +33,7 @@ func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error
 		}
 	}
 	if len(errs) == 0 {
-		return nil, refuse(ErrNotFound, "no other server is known that may be in the room")
+		return nil, errNoCandidate()
 	}
 	return nil, fmt.Errorf("mxfed: join %s: %w", req.Room, errors.Join(errs...))
 }

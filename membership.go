@@ -3,6 +3,7 @@ package mxfed
 import (
 	"context"
 	"fmt"
+	"net/http"
 	"slices"
 )
 
@@ -271,4 +272,45 @@ func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer 
 		return fmt.Errorf("signer of %s made a signature that does not verify", signer.name)
 	}
 	return nil
+}
+
+// sendVersions are the versions of send_join and send_leave that are served.
+func (s *Server) sendVersions() []string {
+	if s.client.noV1 {
+		return []string{"v2"}
+	}
+	return []string{"v1", "v2"}
+}
+
+// memberCall is the request that sends a finished event by which a local user changes their own membership.
+func (c *Client) memberCall(to ServerName, version, membership string, e *Event) (*call, error) {
+	if e == nil || e.typ != typeMember || e.membership != membership {
+		return nil, refuse(ErrInvalidParam, "event is no %s", membership)
+	}
+	signer := c.signer(e.sender.Server())
+	if signer == nil {
+		return nil, refuse(ErrInvalidParam, "%s is no user of this server", e.sender)
+	}
+	endpoint := "send_" + membership
+	return &call{from: signer, to: to, endpoint: endpoint, method: http.MethodPut, body: e.text,
+		uri: federationURI(version, endpoint, string(e.room), string(e.id))}, nil
+}
+
+// candidates are those of via that can be asked: other servers, each once. Names that are none come as errors: such lists
+// are made of links and of what other servers say.
+func (c *Client) candidates(via []ServerName) (servers []ServerName, errs []error) {
+	for _, name := range via {
+		switch {
+		case slices.Contains(servers, name) || c.signer(name) != nil:
+		case !name.valid():
+			errs = append(errs, refuse(ErrInvalidParam, "%.64q is no server name", name))
+		default:
+			servers = append(servers, name)
+		}
+	}
+	return servers, errs
+}
+
+func errNoCandidate() error {
+	return refuse(ErrNotFound, "no other server is known that may be in the room")
 }

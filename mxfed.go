@@ -41,6 +41,8 @@ import (
 type Hosts struct {
 	Invite InviteHost
 	Join   JoinHost
+	Leave  MemberHost
+	Knock  MemberHost
 }
 
 // NewHandler serves everything that h offers on one handler, keys included, and answers all other paths under
@@ -54,6 +56,14 @@ func NewHandler(s *Server, h Hosts) http.Handler {
 	if h.Join != nil {
 		endpoints["make_join"] = NewMakeJoinHandler(s)
 		endpoints["send_join"] = NewSendJoinHandler(s, h.Join)
+	}
+	if h.Leave != nil {
+		endpoints["make_leave"] = NewMakeLeaveHandler(s)
+		endpoints["send_leave"] = NewSendLeaveHandler(s, h.Leave)
+	}
+	if h.Knock != nil {
+		endpoints["make_knock"] = NewMakeKnockHandler(s)
+		endpoints["send_knock"] = NewSendKnockHandler(s, h.Knock)
 	}
 	keys := NewKeyHandler(s)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {

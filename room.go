@@ -90,6 +90,16 @@ func errNoRoom() error { return refuse(ErrNotFound, "room is not known here") }
 // state looks entries up in the current state.
 func (r *Room) state(typ, key string) *Event { return stateOf(r.State, nil)(typ, key) }
 
+// entries are those of keys that are set in the current state.
+func (r *Room) entries(keys []StateKey) (set []*Event) {
+	for _, k := range keys {
+		if e := r.state(k.Type, k.Key); e != nil {
+			set = append(set, e)
+		}
+	}
+	return set
+}
+
 // checkACL refuses servers that the room's access control list shuts out.
 // https://spec.matrix.org/v1.19/server-server-api/#server-access-control-lists-acls
 func (r *Room) checkACL(origin ServerName) error {

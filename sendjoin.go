@@ -69,11 +69,7 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 		}
 		return answer.write(ctx, w, in)
 	}
-	versions := []string{"v1", "v2"}
-	if s.client.noV1 {
-		versions = versions[1:]
-	}
-	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: versions, params: 2, serve: serve}
+	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: s.sendVersions(), params: 2, serve: serve}
 }
 
 // write streams the answer. An error before anything was sent is returned; afterwards the answer is left unfinished, so
@@ -232,21 +228,16 @@ func sequence(pdus [][]byte) iter.Seq2[[]byte, error] {
 // sendJoin sends a join in version 2 or, if the other server does not know it, in version 1, and returns the body of the
 // answer, which the caller closes.
 func (c *Client) sendJoin(ctx context.Context, to ServerName, req *SendJoinRequest) (body io.ReadCloser, v1 bool, err error) {
-	e := req.Event
-	if e == nil || e.typ != typeMember {
-		return nil, false, refuse(ErrInvalidParam, "event is no join")
-	}
-	q := &call{from: c.signer(e.sender.Server()), to: to, endpoint: "send_join", method: http.MethodPut, body: e.text,
-		uri: federationURI("v2", "send_join", string(e.room), string(e.id))}
-	if q.from == nil {
-		return nil, false, refuse(ErrInvalidParam, "%s is no user of this server", e.sender)
+	q, err := c.memberCall(to, "v2", "join", req.Event)
+	if err != nil {
+		return nil, false, err
 	}
 	if req.OmitMembers {
 		q.uri += "?omit_members=true"
 	}
 	answer, err := c.send(ctx, q)
 	if old, ok := err.(*Error); ok && !c.noV1 && old.unimplemented() {
-		q.uri, v1 = federationURI("v1", "send_join", string(e.room), string(e.id)), true
+		q.uri, v1 = federationURI("v1", "send_join", string(req.Event.room), string(req.Event.id)), true
 		answer, err = c.send(ctx, q)
 	}
 	if err != nil {
