@@ -1,7 +1,7 @@
 // Invitejoin shows the whole job in one process. Two servers, alice.example and bob.example, speak over TLS on the
-// loopback interface: Alice invites Bob, who joins; Carol, whom nobody has invited, is refused; and a restricted room lets
-// Bob in because he is in the first one. What goes over the network is printed. Keys and clock are fixed, so that every
-// run prints the same.
+// loopback interface: Alice invites Bob, who joins; Carol, whom nobody has invited, is refused, and rejects an invite when
+// she gets one; a restricted room lets Bob in because he is in the first one; and Carol knocks on a room until she is
+// invited. What goes over the network is printed. Keys and clock are fixed, so that every run prints the same.
 //
 //	go run ./examples/invitejoin -version 10
 package main
@@ -46,7 +46,7 @@ const (
 	carol mxfed.UserID = "@carol:bob.example"
 )
 
-// versions are the room versions in order; rooms of version 8 and later may be restricted.
+// versions are the room versions in order. Rooms of version 7 and later know knocks, those of 8 and later restricted joins.
 var versions = strings.Fields("1 2 3 4 5 6 7 8 9 10 11 12")
 
 // run tells the story in rooms of one version.
@@ -61,16 +61,26 @@ func run(ctx context.Context, w io.Writer, version mxfed.RoomVersion) error {
 	}
 	defer s.internet.Close()
 	scenes := []scene{
-		{"Alice creates a room for invited users.", s.createRoom},
-		{"Alice invites Bob. His server checks the invite, keeps it and signs it.", s.inviteBob},
-		{"Bob accepts: he joins the room.", s.bobJoins},
+		{"Alice creates a room for invited users.", s.createRoom("invite")},
+		{"Alice invites Bob. His server checks the invite, keeps it and signs it.", s.aliceInvites(bob)},
+		{"Bob accepts: he joins the room.", s.joins(bob)},
 		{"Carol was not invited. She is refused.", s.carolIsRefused},
+		{"Alice invites Carol after all.", s.aliceInvites(carol)},
+		{"Carol rejects the invite, without joining the room.", s.carolRejects},
 	}
 	if number >= 8 {
 		scenes = append(scenes, []scene{
-			{"Alice creates a restricted room: members of the first room may join.", s.createRestricted},
-			{"Bob joins the restricted room. Alice's server vouches for that.", s.bobJoins},
+			{"Alice creates a restricted room: members of the first room may join.", s.createRoom("restricted")},
+			{"Bob joins the restricted room. Alice's server vouches for that.", s.joins(bob)},
 			{"Carol is in neither room. She is refused.", s.carolIsRefused},
+		}...)
+	}
+	if number >= 7 {
+		scenes = append(scenes, []scene{
+			{"Alice creates a room for users who knock.", s.createRoom("knock")},
+			{"Carol knocks, and is shown what the room is.", s.carolKnocks},
+			{"Alice invites her. Carol's server sees that the invite answers the knock.", s.aliceInvites(carol)},
+			{"Carol joins.", s.joins(carol)},
 		}...)
 	}
 	fmt.Fprintf(w, "Room version %s\n", version)
@@ -81,7 +91,9 @@ func run(ctx context.Context, w io.Writer, version mxfed.RoomVersion) error {
 		}
 		s.seconds.Add(1)
 	}
-	if number < 8 {
+	if number < 7 {
+		fmt.Fprintf(w, "\nRoom version %s has neither knocks nor restricted rooms.\n", version)
+	} else if number < 8 {
 		fmt.Fprintf(w, "\nRoom version %s has no restricted rooms.\n", version)
 	}
 	return nil
@@ -99,6 +111,8 @@ type story struct {
 	seconds    atomic.Int64  // since the story began
 	alice, bob *memhost.Host // their servers
 	room       mxfed.RoomID  // where the scene is set
+	invite     *mxfed.Invite // the last that Bob's server took
+	knock      *mxfed.Event
 }
 
 // open starts both servers.
@@ -127,7 +141,7 @@ func (s *story) start(name mxfed.ServerName, seed byte) (*memhost.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return host, s.internet.Serve(name, mxfed.NewHandler(host.Server, mxfed.Hosts{Invite: host, Join: host}))
+	return host, s.internet.Serve(name, mxfed.NewHandler(host.Server, mxfed.Hosts{Invite: host, Join: host, Leave: host, Knock: host}))
 }
 
 func (s *story) now() time.Time {
@@ -149,30 +163,44 @@ func (p printer) RoundTrip(r *http.Request) (*http.Response, error) {
 	return answer, nil
 }
 
-func (s *story) createRoom(ctx context.Context) (err error) {
-	s.room, err = s.alice.CreateRoom(ctx, s.version, alice, memhost.State("m.room.join_rules", "", `{"join_rule":"invite"}`))
-	fmt.Fprintf(s.w, "   room %s\n", s.room)
-	return err
-}
-
-func (s *story) inviteBob(ctx context.Context) error {
-	invite, err := s.alice.Invite(ctx, s.room, alice, bob)
-	if err != nil {
+// createRoom creates a room with a join rule; a restricted one is for members of the room before it.
+func (s *story) createRoom(rule string) func(context.Context) error {
+	return func(ctx context.Context) (err error) {
+		content := fmt.Sprintf(`{"join_rule":%q}`, rule)
+		if rule == "restricted" {
+			content = fmt.Sprintf(`{"join_rule":"restricted","allow":[{"type":"m.room_membership","room_id":%q}]}`, s.room)
+		}
+		s.room, err = s.alice.CreateRoom(ctx, s.version, alice, memhost.State("m.room.join_rules", "", content))
+		fmt.Fprintf(s.w, "   room %s\n", s.room)
 		return err
 	}
-	if s.bob.Invites()[invite.ID()] == nil {
-		return errors.New("bob.example does not have the invite")
-	}
-	return s.printEvent(invite)
 }
 
-func (s *story) bobJoins(ctx context.Context) error {
-	result, err := s.bob.Join(ctx, s.through(bob))
-	if err != nil {
-		return err
+func (s *story) aliceInvites(user mxfed.UserID) func(context.Context) error {
+	return func(ctx context.Context) error {
+		invite, err := s.alice.Invite(ctx, s.room, alice, user)
+		if err != nil {
+			return err
+		}
+		if s.invite = s.bob.Invites()[invite.ID()]; s.invite == nil {
+			return errors.New("bob.example does not have the invite")
+		}
+		if s.invite.Answers(s.knock) {
+			fmt.Fprintf(s.w, "   answers %s\n", s.knock.ID())
+		}
+		return s.printEvent(invite)
 	}
-	fmt.Fprintf(s.w, "   the room before: %d state events, proven with %d auth events\n", len(result.State), len(result.Auth))
-	return s.printEvent(result.Event)
+}
+
+func (s *story) joins(user mxfed.UserID) func(context.Context) error {
+	return func(ctx context.Context) error {
+		result, err := s.bob.Join(ctx, s.through(user))
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(s.w, "   the room before: %d state events, proven with %d auth events\n", len(result.State), len(result.Auth))
+		return s.printEvent(result.Event)
+	}
 }
 
 // through asks to join by way of Alice's server.
@@ -190,11 +218,30 @@ func (s *story) carolIsRefused(ctx context.Context) error {
 	return nil
 }
 
-func (s *story) createRestricted(ctx context.Context) (err error) {
-	rule := fmt.Sprintf(`{"join_rule":"restricted","allow":[{"type":"m.room_membership","room_id":%q}]}`, s.room)
-	s.room, err = s.alice.CreateRoom(ctx, s.version, alice, memhost.State("m.room.join_rules", "", rule))
-	fmt.Fprintf(s.w, "   room %s\n", s.room)
-	return err
+func (s *story) carolRejects(ctx context.Context) error {
+	if err := s.bob.Reject(ctx, s.invite); err != nil {
+		return err
+	}
+	state, _ := s.alice.Events(s.room)
+	for _, e := range state {
+		if user, _ := e.StateKey(); user == string(carol) {
+			return s.printEvent(e)
+		}
+	}
+	return errors.New("alice.example does not know that Carol has left")
+}
+
+func (s *story) carolKnocks(ctx context.Context) error {
+	req := &mxfed.KnockRequest{Room: s.room, User: carol, Via: []mxfed.ServerName{alice.Server()}}
+	result, err := s.bob.Server.Client().Knock(ctx, req)
+	if err != nil {
+		return err
+	}
+	s.knock = result.Event
+	for _, shown := range result.State {
+		fmt.Fprintf(s.w, "   shows %s\n", shown.Type)
+	}
+	return s.printEvent(result.Event)
 }
 
 // printEvent prints what an event says and who has signed it.

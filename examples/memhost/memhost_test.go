@@ -3,6 +3,7 @@ package memhost_test
 import (
 	"context"
 	"crypto/ed25519"
+	"crypto/sha256"
 	"encoding/json"
 	"fmt"
 	"iter"
@@ -36,16 +37,22 @@ func newWorld(t *testing.T, allow func(context.Context, *mxfed.Request) error) w
 	network.Transport.MaxConnsPerHost = 8
 	var hosts []*memhost.Host
 	for _, user := range []mxfed.UserID{alice, bob, carol} {
-		_, key, err := ed25519.GenerateKey(nil)
+		host, err := memhost.New(mxfed.Config{Signers: []*mxfed.Signer{signer(t, user.Server())}, HTTP: network.Transport, Allow: allow})
 		require.NoError(t, err)
-		signer, err := mxfed.NewSigner(user.Server(), "ed25519:1", key)
-		require.NoError(t, err)
-		host, err := memhost.New(mxfed.Config{Signers: []*mxfed.Signer{signer}, HTTP: network.Transport, Allow: allow})
-		require.NoError(t, err)
-		require.NoError(t, network.Serve(user.Server(), mxfed.NewHandler(host.Server, mxfed.Hosts{Invite: host, Join: host})))
+		offered := mxfed.Hosts{Invite: host, Join: host, Leave: host, Knock: host}
+		require.NoError(t, network.Serve(user.Server(), mxfed.NewHandler(host.Server, offered)))
 		hosts = append(hosts, host)
 	}
 	return world{network, hosts[0], hosts[1], hosts[2]}
+}
+
+// signer has a key that is made of the name.
+func signer(t *testing.T, name mxfed.ServerName) *mxfed.Signer {
+	t.Helper()
+	seed := sha256.Sum256([]byte(name))
+	s, err := mxfed.NewSigner(name, "ed25519:1", ed25519.NewKeyFromSeed(seed[:]))
+	require.NoError(t, err)
+	return s
 }
 
 func public() *mxfed.Draft { return memhost.State("m.room.join_rules", "", `{"join_rule":"public"}`) }
@@ -305,4 +312,50 @@ func TestThousandJoins(t *testing.T) {
 		known[e.ID()] = true
 	}
 	require.Len(t, known, len(all))
+}
+
+func TestReject(t *testing.T) {
+	w := newWorld(t, nil)
+	room, err := w.a.CreateRoom(t.Context(), "10", alice)
+	require.NoError(t, err)
+	invite, err := w.a.Invite(t.Context(), room, alice, bob)
+	require.NoError(t, err)
+	require.NoError(t, w.b.Reject(t.Context(), w.b.Invites()[invite.ID()]))
+	require.Equal(t, "leave", membership(t, w.a, room, bob))
+	require.Empty(t, w.b.Invites())
+}
+
+// TestReject_Untold rejects an invite to a room whose server has forgotten it.
+func TestReject_Untold(t *testing.T) {
+	w := newWorld(t, nil)
+	room, err := w.a.CreateRoom(t.Context(), "10", alice)
+	require.NoError(t, err)
+	invite, err := w.a.Invite(t.Context(), room, alice, bob)
+	require.NoError(t, err)
+	empty, err := memhost.New(mxfed.Config{Signers: []*mxfed.Signer{signer(t, alice.Server())}, HTTP: w.Transport})
+	require.NoError(t, err)
+	require.NoError(t, w.Serve(alice.Server(), mxfed.NewHandler(empty.Server, mxfed.Hosts{Leave: empty})))
+	taken := w.b.Invites()[invite.ID()]
+	given, cancel := context.WithCancel(t.Context())
+	cancel()
+	require.ErrorIs(t, w.b.Reject(given, taken), context.Canceled)
+	require.Len(t, w.b.Invites(), 1, "it was not rejected")
+	require.NoError(t, w.b.Reject(t.Context(), taken))
+	require.Empty(t, w.b.Invites())
+}
+
+func TestKnock(t *testing.T) {
+	w := newWorld(t, nil)
+	room, err := w.a.CreateRoom(t.Context(), "10", alice, memhost.State("m.room.join_rules", "", `{"join_rule":"knock"}`))
+	require.NoError(t, err)
+	req := &mxfed.KnockRequest{Room: room, User: bob, Via: []mxfed.ServerName{alice.Server()}}
+	knock, err := w.b.Server.Client().Knock(t.Context(), req)
+	require.NoError(t, err)
+	require.Equal(t, "knock", membership(t, w.a, room, bob))
+	invite, err := w.a.Invite(t.Context(), room, alice, bob)
+	require.NoError(t, err)
+	require.True(t, w.b.Invites()[invite.ID()].Answers(knock.Event))
+	_, err = w.b.Join(t.Context(), through(room, bob, alice))
+	require.NoError(t, err)
+	require.Equal(t, "join", membership(t, w.a, room, bob))
 }
