@@ -75,6 +75,8 @@ type Error struct {
 	Endpoint string
 	// RoomVersion is the room's version, with ErrIncompatibleRoomVersion.
 	RoomVersion RoomVersion
+	// AdminContact is a URI of whoever can lift the limit, which ErrResourceLimitExceeded must come with.
+	AdminContact string
 	// RetryAfter is how long to wait before another try; 0 if unknown.
 	RetryAfter time.Duration
 	// Err is the cause.
@@ -162,6 +164,9 @@ func WriteError(w http.ResponseWriter, err error) {
 	if e.RoomVersion != "" {
 		fields = append(fields, field{"room_version", quoted(e.RoomVersion)})
 	}
+	if e.AdminContact != "" {
+		fields = append(fields, field{"admin_contact", quoted(strings.ToValidUTF8(e.AdminContact, "\uFFFD"))})
+	}
 	if e.Status == http.StatusTooManyRequests {
 		wait := max(e.RetryAfter, time.Second)
 		w.Header().Set("Retry-After", strconv.FormatInt(int64(math.Ceil(wait.Seconds())), 10))
@@ -197,6 +202,7 @@ func readError(server ServerName, endpoint string, r *http.Response, now time.Ti
 		e.Message, _ = v.get("error").str()
 		version, _ := v.get("room_version").str()
 		e.RoomVersion = RoomVersion(version)
+		e.AdminContact, _ = v.get("admin_contact").str()
 		if ms, ok := v.get("retry_after_ms").int(); ok {
 			e.RetryAfter = cappedWait(ms, time.Millisecond)
 		}

@@ -76,6 +76,7 @@ func TestReadError_Bodies(t *testing.T) {
 		body string
 		want Error
 	}{
+		"contact":                 {`{"errcode":"M_RESOURCE_LIMIT_EXCEEDED","admin_contact":"mailto:a@x"}`, Error{Code: ErrResourceLimitExceeded, AdminContact: "mailto:a@x"}},
 		"all members":             {`{"errcode":"M_FORBIDDEN","error":"no","room_version":"9","extra":{"a":[1.5]}}`, Error{Code: ErrForbidden, Message: "no", RoomVersion: "9"}},
 		"unknown code":            {`{"errcode":"ORG.EXAMPLE_CODE","error":"no"}`, Error{Code: "ORG.EXAMPLE_CODE", Message: "no"}},
 		"M_UNKNOWN is an errcode": {`{"errcode":"M_UNKNOWN"}`, Error{Code: ErrUnknown}},

@@ -73,6 +73,7 @@ func TestWriteError_HostErrors(t *testing.T) {
 		"negative status":                 {&mxfed.Error{Code: mxfed.ErrForbidden, Status: -1}, 403, `{"errcode":"M_FORBIDDEN","error":""}`},
 		"status of success":               {&mxfed.Error{Code: mxfed.ErrForbidden, Status: 200}, 403, `{"errcode":"M_FORBIDDEN","error":""}`},
 		"room version":                    {&mxfed.Error{Code: mxfed.ErrIncompatibleRoomVersion, RoomVersion: "11"}, 400, `{"errcode":"M_INCOMPATIBLE_ROOM_VERSION","error":"","room_version":"11"}`},
+		"contact":                         {&mxfed.Error{Code: mxfed.ErrResourceLimitExceeded, AdminContact: "mailto:a@x\xff"}, 403, "{\"errcode\":\"M_RESOURCE_LIMIT_EXCEEDED\",\"error\":\"\",\"admin_contact\":\"mailto:a@x\ufffd\"}"},
 		"message is no UTF-8":             {&mxfed.Error{Code: mxfed.ErrForbidden, Message: "a\xffb"}, 403, "{\"errcode\":\"M_FORBIDDEN\",\"error\":\"a\ufffdb\"}"},
 		"cause is not sent":               {&mxfed.Error{Code: mxfed.ErrForbidden, Message: "no", Err: errors.New("secret")}, 403, `{"errcode":"M_FORBIDDEN","error":"no"}`},
 		"received":                        {received, 502, remote},
