@@ -46,12 +46,9 @@ func (c *Client) offers(v RoomVersion) *roomRules {
 // own name that asks; empty is the first signer's. An answer other than 200 is an *Error; answers over 2 MiB are refused.
 // https://spec.matrix.org/v1.19/server-server-api/#request-authentication
 func (c *Client) Do(ctx context.Context, from, to ServerName, method, uri string, in, out any) error {
-	signer := c.own[0]
-	if from != "" {
-		signer = c.signer(from)
-	}
-	if signer == nil {
-		return fmt.Errorf("mxfed: %s is no own name", from)
+	signer, err := c.asking(from)
+	if err != nil {
+		return err
 	}
 	var body value
 	if in != nil {
@@ -75,6 +72,17 @@ func (c *Client) Do(ctx context.Context, from, to ServerName, method, uri string
 		return c.malformed(to, path, err)
 	}
 	return nil
+}
+
+// asking is the signer of the own name that makes a call; empty is the first one's.
+func (c *Client) asking(from ServerName) (*Signer, error) {
+	if from == "" {
+		return c.own[0], nil
+	}
+	if signer := c.signer(from); signer != nil {
+		return signer, nil
+	}
+	return nil, fmt.Errorf("mxfed: %s is no own name", from)
 }
 
 // call is one request to another server.
@@ -174,7 +182,8 @@ func (c *Client) malformed(server ServerName, endpoint string, err error) error 
 
 // Draft is an event that a local user wants to send.
 type Draft struct {
-	// Room is the room; empty for the create event of a room version 12 or later, whose hash names the room.
+	// Room is the room; empty for the create event of a room version 12 or later, whose hash names the room. So two of these
+	// must differ in something: the same content by the same sender in the same millisecond is the same room.
 	Room RoomID
 	// Version is the room version of a create event; other events have that of their room.
 	Version RoomVersion
@@ -192,13 +201,18 @@ type Draft struct {
 var previewState = []StateKey{{typeCreate, ""}, {typeJoinRules, ""}, {"m.room.name", ""}, {"m.room.canonical_alias", ""},
 	{"m.room.avatar", ""}, {"m.room.topic", ""}, {"m.room.encryption", ""}}
 
-// build completes, authorises and signs a local user's event, and returns the room's facts that it was built on: those
-// that the event needs and the entries in more.
+// build completes, authorises and signs a local user's event, has the room's policy server sign it too, and returns the
+// room's facts that it was built on: those that the event needs and the entries in more.
 func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event, *Room, error) {
 	signer := c.signer(d.Sender.Server())
 	if signer == nil || !d.Sender.valid() {
 		return nil, nil, refuse(ErrInvalidParam, "sender %q is no user of this server", d.Sender)
 	}
+	return c.buildAs(ctx, signer, d, more...)
+}
+
+// buildAs is build in the name of signer, which third-party invites need not share with their sender.
+func (c *Client) buildAs(ctx context.Context, signer *Signer, d *Draft, more ...StateKey) (*Event, *Room, error) {
 	var r jsonReader
 	content, err := r.canonical(d.Content, numbersEncoded)
 	if err != nil || !value(content).isObject() {
@@ -209,7 +223,7 @@ func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event,
 		event, err := c.buildCreate(d.Version, material, signer)
 		return event, &Room{Version: d.Version}, err
 	}
-	ask := RoomQuery{To: signer.name, State: withKeys(withKeys([]StateKey{{typeCreate, ""}}, material.authKeys()...), more...)}
+	ask := RoomQuery{To: signer.name, State: withKeys([]StateKey{{typeCreate, ""}, {typePolicy, ""}}, append(material.authKeys(), more...)...)}
 	room, rules, err := readRoom(ctx, c.rooms, d.Room, ask)
 	if err != nil {
 		return nil, nil, err
@@ -225,7 +239,10 @@ func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event,
 	if err != nil {
 		return nil, nil, err
 	}
-	event, err = c.signOwn(event, stateOf(room.State, nil), signer)
+	if event, err = c.signOwn(event, stateOf(room.State, nil), signer); err != nil {
+		return nil, nil, err
+	}
+	event, err = c.ownPolicySigned(ctx, signer, room, event)
 	return event, room, err
 }
 

@@ -278,6 +278,9 @@ func TestInvite_OlderVersionIsOneEvent(t *testing.T) {
 		}
 		return state
 	}
+	invite := func(size int) *Event {
+		return n.room.sign(n.room.draft(joinUser, typeMember, string(joinAlice), `{"membership":"invite","x":"`+strings.Repeat("x", size)+`"}`))
+	}
 	for name, c := range map[string]struct {
 		content int // of the invite, in bytes; negative: that much below the limit
 		state   []*Event
@@ -291,9 +294,6 @@ func TestInvite_OlderVersionIsOneEvent(t *testing.T) {
 		"the create event, last": {-100, append(entries(10), create), -1},
 		"nothing to give way":    {-1, nil, -1},
 	} {
-		invite := func(size int) *Event {
-			return n.room.sign(n.room.draft(joinUser, typeMember, string(joinAlice), `{"membership":"invite","x":"`+strings.Repeat("x", size)+`"}`))
-		}
 		if c.content < 0 {
 			c.content += maxEventSize - len(invite(0).text)
 		}
@@ -310,6 +310,11 @@ func TestInvite_OlderVersionIsOneEvent(t *testing.T) {
 			require.Equal(t, c.state[i].text, entry, name)
 		}
 	}
+	body := func(size int) value { return (&InviteRequest{Event: invite(size), State: []*Event{create}}).v1() }
+	most := maxEventSize - len(body(0))
+	require.Len(t, body(most), maxEventSize)
+	require.NotEmpty(t, body(most).get("unsigned"))
+	require.Equal(t, invite(most+1).text, body(most+1), "one byte more")
 }
 
 // FuzzInviteAnswer: whatever the invited user's server answers, what comes of it is our event and its valid signature.

@@ -1,6 +1,7 @@
 package mxfed
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"encoding/base64"
 	"errors"
@@ -58,7 +59,7 @@ func (d *draft) build(rules *roomRules) (*Event, error) {
 	if rules.eventID == idGiven { // any unique name will do; this one makes the same event twice from the same material
 		sum := sha256.Sum256([]byte(object(slices.Clone(fields)...)))
 		name := base64.RawURLEncoding.EncodeToString(sum[:18])
-		fields = append(fields, field{"event_id", quoted("$" + name + ":" + string(d.sender.Server()))})
+		fields = append(fields, field{"event_id", quoted("$" + name + ":" + string(cmp.Or(d.origin, d.sender.Server())))})
 	}
 	sum := sha256.Sum256([]byte(object(fields...)))
 	hashes := object(field{"sha256", quoted(base64.RawStdEncoding.EncodeToString(sum[:]))})

@@ -52,6 +52,7 @@ const (
 	typeJoinRules        = "m.room.join_rules"
 	typeThirdPartyInvite = "m.room.third_party_invite"
 	typeServerACL        = "m.room.server_acl"
+	typePolicy           = "m.room.policy"
 	typeAliases          = "m.room.aliases"
 	typeRedaction        = "m.room.redaction"
 )

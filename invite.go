@@ -23,8 +23,8 @@ func (r *InviteRequest) v2() value {
 	return object(field{"room_version", quoted(r.Event.Version())}, field{"event", r.Event.text}, field{"invite_room_state", texts(r.State)})
 }
 
-// v1 is the body of version 1: the event with the preview in unsigned. The preview gives way to the size limit, the create
-// event last.
+// v1 is the body of version 1: the event with the preview in unsigned, as far as the size limit leaves room for it; the
+// create event comes first.
 func (r *InviteRequest) v1() value {
 	state := slices.Clone(r.State)
 	slices.SortStableFunc(state, func(a, b *Event) int {
@@ -33,13 +33,14 @@ func (r *InviteRequest) v1() value {
 		}
 		return 0
 	})
-	for ; len(state) > 0; state = state[:len(state)-1] {
-		body := r.Event.text.with("unsigned", object(field{"invite_room_state", texts(state)}))
-		if len(body) <= maxEventSize {
-			return body
+	body, shown := r.Event.text, state[:0]
+	for _, e := range state {
+		longer := r.Event.text.with("unsigned", object(field{"invite_room_state", texts(append(shown, e))}))
+		if len(longer) <= maxEventSize {
+			body, shown = longer, append(shown, e)
 		}
 	}
-	return r.Event.text
+	return body
 }
 
 func texts(events []*Event) value {
@@ -305,12 +306,15 @@ func (c *Client) countersigned(ctx context.Context, server ServerName, sent *Eve
 
 // merge adds those signatures of server in got to sent that verify; there must be one.
 func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*Event, error) {
-	signed, message, usable := sent, slices.Clone(p.signedBytes(sent)), keys.usable(sent)
+	signed, found, message, usable := sent, false, slices.Clone(p.signedBytes(sent)), keys.usable(sent)
 	for id, sig := range got.signatures(server).members() {
 		text, _ := sig.str()
 		pub := usable(server, KeyID(id))
 		if pub == nil || !verify(pub, message, text) {
 			continue
+		}
+		if found = true; KeyID(id) == policyKeyID && sent.signatures(server).get(id) != "" {
+			continue // that of the room's policy server, which is judged by the key that the room names
 		}
 		raw, _ := decodeBase64(text) // as verify has; others may be less liberal about its form
 		var err error
@@ -318,16 +322,17 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 			return nil, err
 		}
 	}
-	if signed == sent {
+	if !found {
 		return nil, keys.explain(got, &signatureError{server: server})
 	}
 	return signed, nil
 }
 
 // InviteUser builds an invite of user by the local user sender into a room of Config.Rooms, checks that the room allows
-// it, and has the user's server sign it; a user of an own name is signed for without a call. The host stores the event and
-// sends it to the room's servers. content may hold displayname, reason and the like; membership is set here. What the
-// room's rules forbid is ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#inviting-to-a-room
+// it, and has the user's server sign it; a user of an own name is signed for without a call. If the room has a policy
+// server, that one signs first: what it refuses reaches nobody. The host stores the event and sends it to the room's
+// servers. content may hold displayname, reason and the like; membership is set here. What the room's rules or its policy
+// server forbid is ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#inviting-to-a-room
 func (c *Client) InviteUser(ctx context.Context, room RoomID, sender, user UserID, content json.RawMessage) (*Event, error) {
 	if !user.valid() {
 		return nil, refuse(ErrInvalidParam, "%q is no user ID", user)
@@ -342,19 +347,20 @@ func (c *Client) InviteUser(ctx context.Context, room RoomID, sender, user UserI
 	if err != nil {
 		return nil, err
 	}
-	if user.Server() == sender.Server() {
-		return event, nil
-	}
-	if own := c.signer(user.Server()); own != nil {
+	return c.deliver(ctx, event, facts)
+}
+
+// deliver has the server of the invited user sign a finished invite, which is sent there unless that is an own name.
+func (c *Client) deliver(ctx context.Context, event *Event, facts *Room) (*Event, error) {
+	to := UserID(event.stateKey).Server()
+	if own := c.signer(to); own != nil {
+		if event.signatures(to).get(string(own.id)) != "" {
+			return event, nil
+		}
 		return approved{event}.sign(own)
 	}
-	req := &InviteRequest{Event: event}
-	for _, k := range append(slices.Clone(previewState), StateKey{typeMember, string(sender)}) {
-		if e := facts.state(k.Type, k.Key); e != nil {
-			req.State = append(req.State, e)
-		}
-	}
-	answer, err := c.Invite(ctx, user.Server(), req)
+	shown := append(slices.Clone(previewState), StateKey{typeMember, string(event.sender)})
+	answer, err := c.Invite(ctx, to, &InviteRequest{Event: event, State: facts.entries(shown)})
 	if err != nil {
 		return nil, err
 	}

@@ -11,7 +11,7 @@ import (
 // checked when one is sent here, and again when the host stores it.
 
 // Membership is a join, leave or knock of another server's user: verified, allowed by the facts that Config.Rooms answered
-// to Ask, and carrying this server's signature.
+// to Ask, and carrying this server's signature, after that of the room's policy server if it has one.
 type Membership struct {
 	Event *Event
 	// Ask is the question whose answer the checks were made on; Origin and To are in it.
@@ -164,7 +164,7 @@ func (r *Room) checkConditions() error {
 // factsFor is the question whose answer decides about an event of a member; facts are what is known of the room so far.
 func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
 	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id),
-		State: withKeys(slices.Clone(admissionState), authKeys(e)...)}
+		State: withKeys(slices.Clone(admissionState), authKeys(e)...), Servers: facts.policyServers()}
 	if user := e.authoriserID(); user != "" && e.membership == "join" {
 		ask.User, ask.Allow = e.sender, facts.checkable()
 	}
@@ -172,7 +172,7 @@ func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
 }
 
 // admissionState are the entries that every request of another server about a room is judged by.
-var admissionState = []StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}, {typeServerACL, ""}}
+var admissionState = []StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}, {typeServerACL, ""}, {typePolicy, ""}}
 
 // memberSent makes every check of a member event that another server sends about its own user, and adds our signature.
 // more are entries that the caller wants in room besides.
@@ -258,7 +258,11 @@ func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer 
 	if err := m.Check(room); err != nil {
 		return err
 	}
-	signed, err := approved{m.Event}.sign(signer)
+	e, err := s.client.policySigned(ctx, signer, room, m.Event)
+	if err != nil {
+		return err
+	}
+	signed, err := approved{e}.sign(signer)
 	if err != nil {
 		return err
 	}

@@ -39,7 +39,8 @@ type Room struct {
 	Events []*Event
 	// Joined tells of each room in RoomQuery.Allow whether the user is joined; no entry: this server is not in that room.
 	Joined map[RoomID]bool
-	// Present tells of each server in RoomQuery.Servers whether it has a joined user.
+	// Present tells of each server in RoomQuery.Servers whether it has a joined user. One without an entry counts as there
+	// where that is stricter: a policy server then has to be asked.
 	Present map[ServerName]bool
 	// Local is the member event of a joined user of RoomQuery.To: of one who may invite, if there is one.
 	Local *Event

@@ -21,7 +21,8 @@ type Config struct {
 	Rooms RoomSource
 	// Keys knows the keys of other servers; nil: a KeyRing in memory that fetches through HTTP.
 	Keys Keys
-	// HTTP carries requests to https://server-name/ URLs; nil: a Resolver.
+	// HTTP carries requests to https://server-name/ URLs; nil: a Resolver. If it has a method Web() http.RoundTripper, as a
+	// Resolver has, that one carries the few requests to hosts that are no Matrix servers; else a Resolver's does.
 	HTTP http.RoundTripper
 	// Versions are the room versions to take part in; nil: the stable ones, 1 to 12.
 	Versions []RoomVersion
@@ -111,7 +112,8 @@ func (s *Server) Client() *Client { return s.client }
 
 // Build completes an event of a local user from the facts of Config.Rooms, authorises it by the room's rules and signs it.
 // It is the only way to sign an event of one's own; storing it and sending it to the room's servers is up to the host. An
-// event that the room does not allow is ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#signing-events
+// event that the room does not allow is ErrForbidden. The room's policy server, if it has one, is asked to sign too: an event
+// that it refuses, or cannot be asked about, is not returned. https://spec.matrix.org/v1.19/server-server-api/#signing-events
 func (s *Server) Build(ctx context.Context, d *Draft) (*Event, error) {
 	event, _, err := s.client.build(ctx, d)
 	return event, err

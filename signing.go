@@ -135,10 +135,12 @@ func NewSigner(name ServerName, id KeyID, key crypto.Signer, old ...Key) (*Signe
 	return &Signer{name: name, id: id, key: key, old: slices.Clone(old)}, nil
 }
 
-// publishable tells whether id has the form that servers publish; identifiers of other servers are opaque.
+// publishable tells whether id has the form that servers publish; identifiers of other servers are opaque. The name of
+// policy servers' keys is not for a server's own: what that signs would count as approved by a policy server.
+// https://spec.matrix.org/v1.19/server-server-api/#policy-servers
 func publishable(id KeyID) bool {
 	version, ok := strings.CutPrefix(string(id), ed25519Prefix)
-	return ok && version != "" && strings.IndexFunc(version, func(c rune) bool {
+	return ok && version != "" && version != "policy_server" && strings.IndexFunc(version, func(c rune) bool {
 		return !('a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '_')
 	}) < 0
 }
