@@ -49,6 +49,7 @@ type Resolver struct {
 
 	once       sync.Once
 	federation attachedTransport
+	web        webTransport
 	wellKnown  *delegations
 	detour     func(address string) string // tests: where to connect instead
 }
@@ -84,13 +85,39 @@ func (r *Resolver) CloseIdleConnections() {
 
 func (r *Resolver) setUp() {
 	r.federation = r.newTransport()
-	web := r.newTransport()
-	web.DisableKeepAlives = true // hosts are asked once a day
+	r.web = webTransport{r.newTransport()}
+	r.web.DisableKeepAlives = true // hosts are asked once a day
 	now := r.Now
 	if now == nil {
 		now = time.Now
 	}
-	r.wellKnown = newDelegations(web, now)
+	r.wellKnown = newDelegations(r.web, now)
+}
+
+// Web returns the RoundTripper for https URLs of hosts that are no Matrix servers, such as those of identity servers: host
+// and port are those of the URL, nothing is discovered, and addresses are judged as those of servers are. Redirects are
+// not followed, and connections are not kept. It is safe for concurrent use.
+func (r *Resolver) Web() http.RoundTripper {
+	r.once.Do(r.setUp)
+	return r.web
+}
+
+// webTransport carries requests to the very host and port of their URL. A host must have the form of a server name, which
+// keeps out ports that do not exist.
+type webTransport struct{ attachedTransport }
+
+func (t webTransport) RoundTrip(q *http.Request) (*http.Response, error) {
+	err := errors.New("a URL that is not https")
+	if q.URL != nil && q.URL.Scheme == "https" {
+		_, err = newRoute(ServerName(q.URL.Host))
+	}
+	if err != nil {
+		if q.Body != nil {
+			q.Body.Close() // as every RoundTripper does
+		}
+		return nil, fmt.Errorf("mxfed: reach %w", err)
+	}
+	return t.attachedTransport.RoundTrip(q)
 }
 
 // newTransport returns a Transport that dials as r does. It keeps connections by URL.Host, which RoundTrip sets to the

@@ -46,8 +46,8 @@ type Room struct {
 	Local *Event
 }
 
-// RoomSource states facts of the rooms that this host is in. It is asked at most twice for one request, possibly by many
-// requests at once.
+// RoomSource states facts of the rooms that this host is in. It is asked two or three times for one request, possibly by
+// many requests at once.
 type RoomSource interface {
 	// Room returns a snapshot. ErrNotFound: the host does not know the room, has not the whole of its state yet, or another
 	// server asks (RoomQuery.Origin) and RoomQuery.To has no user in it. For this server itself a room of which only the
