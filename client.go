@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// How long one request may take, under the caller's context, and how much of an ordinary answer is read. An answer to
-// send_join has limits of its own.
+// How long one request may take, under the caller's context, and how much of an ordinary answer is read. Answers to
+// send_join and state have limits of their own.
 const (
 	callTimeout   = 30 * time.Second
 	joinTimeout   = 10 * time.Minute

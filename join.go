@@ -35,7 +35,7 @@ func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error
 	if len(errs) == 0 {
 		return nil, errNoCandidate()
 	}
-	return nil, fmt.Errorf("mxfed: join %s: %w", req.Room, errors.Join(errs...))
+	return nil, fmt.Errorf("mxfed: join %s: %w", req.Room, errors.Join(append(errs, ctx.Err())...))
 }
 
 // nextMayHelp tells whether another server may let a join through that failed with err.
@@ -74,7 +74,8 @@ func (t *joinTry) join(ctx context.Context) (*JoinResult, error) {
 	known := template.Version != ""
 	result, err := t.prove(ctx, join, known, t.req.OmitMembers)
 	var lacking *lackingError
-	if errors.As(err, &lacking) && t.req.OmitMembers && !t.sunk { // the answer left out more than members: ask for all of it
+	// If the answer left out more than members, all of it is asked for.
+	if errors.As(err, &lacking) && t.req.OmitMembers && !t.sunk && ctx.Err() == nil {
 		result, err = t.prove(ctx, join, known, false)
 	}
 	return result, err
@@ -99,18 +100,25 @@ func (t *joinTry) prove(ctx context.Context, join *Event, known, omitMembers boo
 		err = t.accept(ctx, check, join, rest, omitMembers)
 	}
 	t.sunk = t.sunk || check.sunk
+	if err != nil {
+		return nil, t.faulty(ctx, t.via, "send_join", reader, err)
+	}
+	return check.result, nil
+}
+
+// faulty is the error for an answer that could not be read or did not pass; it names the server, unless the host's own sink
+// failed.
+func (c *Client) faulty(ctx context.Context, via ServerName, endpoint string, reader *answerReader, err error) error {
 	var own *sinkError
 	switch {
 	case errors.As(err, &own):
-		return nil, fmt.Errorf("mxfed: join: %w", own)
-	case err != nil && (ctx.Err() != nil || reader.broken != nil):
-		return nil, brokenOff(t.via, "send_join", errors.Join(ctx.Err(), err))
+		return own
+	case ctx.Err() != nil || reader.broken != nil:
+		return brokenOff(via, endpoint, errors.Join(ctx.Err(), err))
 	case unverified(err):
-		return nil, &Error{Code: ErrUnknown, Server: t.via, Endpoint: "send_join", Message: "answer could not be verified", Err: err}
-	case err != nil:
-		return nil, t.malformed(t.via, "send_join", err)
+		return &Error{Code: ErrUnknown, Server: via, Endpoint: endpoint, Message: "answer could not be verified", Err: err}
 	}
-	return check.result, nil
+	return c.malformed(via, endpoint, err)
 }
 
 // unverified tells whether err says that keys could not be fetched: nothing is known against the answer then.
@@ -146,9 +154,10 @@ func (t *joinTry) accept(ctx context.Context, check *joinCheck, join *Event, res
 	if err := t.completeAuth(ctx, check, join); err != nil {
 		return err
 	}
-	if err := check.checkJoin(join, len(result.Servers) > 0); err != nil {
+	if err := check.checkEvent(join, len(result.Servers) > 0); err != nil {
 		return err
 	}
+	result.Event = result.Event.withPolicySignature(check.entries()(typePolicy, ""), rest["event"])
 	check.collect()
 	return nil
 }
@@ -177,26 +186,12 @@ type lackingError struct{ err error }
 func (e *lackingError) Error() string { return "auth events of the join are missing: " + e.err.Error() }
 func (e *lackingError) Unwrap() error { return e.err }
 
-// maxCompletions bounds the events that are fetched one by one to complete an answer.
-const maxCompletions = 64
-
 // completeAuth fetches auth events of the join that the answer lacks: with members omitted, some servers leave out the
-// member events that the join itself names. https://spec.matrix.org/v1.19/server-server-api/#get_matrixfederationv1eventeventid
+// member events that the join itself names.
 func (t *joinTry) completeAuth(ctx context.Context, check *joinCheck, join *Event) error {
-	missing := check.missing(join)
-	for fetched := 0; len(missing) > 0; fetched++ {
-		if fetched == maxCompletions {
-			return &lackingError{errors.New("too many")}
-		}
-		e, err := t.fetchEvent(ctx, check, missing[0])
-		if err != nil {
-			return &lackingError{err}
-		}
-		check.graph[e.event.id] = e
-		if err := check.handOn(e, e.event, false); err != nil {
-			return err
-		}
-		missing = slices.DeleteFunc(append(missing, check.missing(e.event)...), func(id EventID) bool { return check.graph[id] != nil })
+	c := &completion{Client: t.Client, from: t.signer(t.req.User.Server()), via: t.via, check: check, left: maxCompletions}
+	if err := c.follow(ctx, check.missing(join)); err != nil {
+		return err
 	}
 	for _, id := range join.refs[join.prevs:] {
 		check.visit(check.graph[id])
@@ -204,24 +199,58 @@ func (t *joinTry) completeAuth(ctx context.Context, check *joinCheck, join *Even
 	return nil
 }
 
-// fetchEvent fetches one event of the room and checks its signatures.
-func (t *joinTry) fetchEvent(ctx context.Context, check *joinCheck, id EventID) (*joinNode, error) {
-	signer := t.signer(t.req.User.Server())
-	answer, err := t.ask(ctx, &call{from: signer, to: t.via, endpoint: "event", method: http.MethodGet, uri: federationURI("v1", "event", string(id))})
+// maxCompletions bounds the events that are fetched one by one to complete an answer.
+const maxCompletions = 64
+
+// completion fetches, from the server that gave an answer, events that the answer lacks.
+type completion struct {
+	*Client
+	from  *Signer
+	via   ServerName
+	check *joinCheck
+	left  int // how many more may be fetched
+}
+
+// follow fetches missing events and those that they name in turn, as far as the answer lacks them. Its error is a
+// *lackingError, or that of the host's sink.
+func (c *completion) follow(ctx context.Context, missing []EventID) error {
+	for ; len(missing) > 0; c.left-- {
+		if c.left == 0 {
+			return &lackingError{errors.New("too many")}
+		}
+		node, err := c.event(ctx, missing[0])
+		if err != nil {
+			c.left--
+			return &lackingError{err}
+		}
+		e := node.event
+		c.check.graph[e.id] = node
+		if err := c.check.handOn(node, e, false); err != nil {
+			return err
+		}
+		missing = slices.DeleteFunc(append(missing, c.check.missing(e)...), func(id EventID) bool { return c.check.graph[id] != nil })
+	}
+	return nil
+}
+
+// event fetches one event of the room and checks its signatures.
+// https://spec.matrix.org/v1.19/server-server-api/#get_matrixfederationv1eventeventid
+func (c *completion) event(ctx context.Context, id EventID) (*joinNode, error) {
+	answer, err := c.ask(ctx, &call{from: c.from, to: c.via, endpoint: "event", method: http.MethodGet, uri: federationURI("v1", "event", string(id))})
 	if err != nil {
 		return nil, err
 	}
 	for pdu := range answer.get("pdus").elements() {
 		var p eventParser
-		e, err := p.parse(check.rules, []byte(pdu))
+		e, err := p.parse(c.check.rules, []byte(pdu))
 		if err != nil {
 			return nil, err
 		}
-		if e.id != id || e.room != check.room {
+		if e.id != id || e.room != c.check.room {
 			return nil, fmt.Errorf("%s was answered with another event", id)
 		}
-		check.keys.fetch(ctx, []*Event{e})
-		v := check.keys.judge(&p, e)
+		c.check.keys.fetch(ctx, []*Event{e})
+		v := c.check.keys.judge(&p, e)
 		return &joinNode{event: v.event, authorised: v.authorised}, v.err
 	}
 	return nil, fmt.Errorf("%s was not answered", id)

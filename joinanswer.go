@@ -5,12 +5,14 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 )
 
-// This file reads an answer to send_join as a stream: it finds where each event begins and ends and hands on its text,
-// which eventParser then reads strictly. Nothing but the event at hand and the few other members is kept.
+// This file reads an answer that describes a room, such as that to send_join, as a stream: it finds where each event begins
+// and ends and hands on its text, which eventParser then reads strictly. Nothing but the event at hand and the few other
+// members is kept.
 
-// The two lists of events in an answer, and the limits of its parts in bytes. A legal event has 64 KiB in canonical form;
+// What the lists of an answer hold, and the limits of its parts in bytes. A legal event has 64 KiB in canonical form;
 // escapes and white space may make its text several times as long.
 const (
 	listState = "state"
@@ -20,25 +22,35 @@ const (
 	maxMemberText = 8 << 20
 )
 
+// answerForm tells what the answers of an endpoint are made of.
+type answerForm struct {
+	lists   map[string]string // what the lists hold, by the name of the member; none may be missing
+	members []string          // others that mean anything; the rest is passed over
+}
+
+var sendJoinForm = answerForm{lists: map[string]string{"state": listState, "auth_chain": listAuth},
+	members: []string{"event", "members_omitted", "servers_in_room"}}
+
 // answerReader reads the top-level members of an answer.
 type answerReader struct {
 	in     io.Reader
-	buf    []byte // what was read and not consumed yet is buf[pos:]
+	form   *answerForm // nil: that of send_join
+	buf    []byte      // what was read and not consumed yet is buf[pos:]
 	pos    int
 	total  int64 // bytes read
 	max    int64
 	broken error // why no more came
 	seen   map[string]bool
-	rest   map[string]value // members other than the two lists
+	rest   map[string]value // members other than the lists
 }
 
-// joinMembers are the members of an answer that mean anything; others are passed over.
-var joinMembers = map[string]bool{listState: true, listAuth: true, "event": true, "members_omitted": true, "servers_in_room": true}
-
-// read calls each for every element of the two lists, in order of arrival, and returns the other members. The text that
-// each gets is valid during the call.
+// read calls each for every element of the lists, in order of arrival, and returns the other members. The text that each
+// gets is valid during the call.
 func (r *answerReader) read(v1 bool, each func(list string, text []byte) error) (map[string]value, error) {
 	r.seen, r.rest = make(map[string]bool), make(map[string]value)
+	if r.form == nil {
+		r.form = &sendJoinForm
+	}
 	if v1 { // [200, {…}]
 		if err := r.expect('['); err != nil {
 			return nil, err
@@ -61,8 +73,10 @@ func (r *answerReader) read(v1 bool, each func(list string, text []byte) error) 
 	if c, err := r.next(); err != io.EOF {
 		return nil, fmt.Errorf("trailing data %q: %w", c, errMalformed)
 	}
-	if !r.seen[listState] || !r.seen[listAuth] {
-		return nil, fmt.Errorf("state or auth_chain is missing: %w", errMalformed)
+	for name := range r.form.lists {
+		if !r.seen[name] {
+			return nil, fmt.Errorf("%s is missing: %w", name, errMalformed)
+		}
 	}
 	return r.rest, nil
 }
@@ -112,12 +126,13 @@ func (r *answerReader) member(each func(list string, text []byte) error) error {
 	if err := r.expect(':'); err != nil {
 		return err
 	}
-	if !joinMembers[key] {
+	list := r.form.lists[key]
+	if list == "" && !slices.Contains(r.form.members, key) {
 		return r.pass()
 	}
 	r.seen[key] = true
-	if key == listState || key == listAuth {
-		return r.elements(key, each)
+	if list != "" {
+		return r.elements(list, each)
 	}
 	if text, err = r.text(maxMemberText); err != nil {
 		return err

@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// This file proves an answer to send_join: events are parsed and their signatures checked while they arrive, in windows;
-// the authorisation of the whole graph follows at the end.
+// This file proves an answer that describes a room, such as that to send_join: events are parsed and their signatures
+// checked while they arrive, in windows; the authorisation of the whole graph follows at the end.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 
 // JoinRequest joins User to Room through the first of Via that lets it.
@@ -46,7 +46,7 @@ type JoinResult struct {
 	// Auth, but some may be in the Sink.
 	Dropped map[EventID]error
 	// Servers had joined users before the join. It is set exactly if member events were left out of State: then the rest
-	// of the state is to be fetched from one of them.
+	// of the state is to be fetched from one of them, see Client.FetchState.
 	Servers []ServerName
 }
 
@@ -335,7 +335,7 @@ func (j *joinCheck) drop(id EventID, err error) {
 // Events of which authorisation reads more stay as they are.
 func (j *joinCheck) slim(e *Event) *Event {
 	switch {
-	case e.typ == typeCreate, e.typ == typePowerLevels, e.typ == typeJoinRules, e.typ == typeThirdPartyInvite, e.typ == typeRedaction,
+	case e.typ == typeCreate, e.typ == typePowerLevels, e.typ == typeJoinRules, e.typ == typeThirdPartyInvite, e.typ == typeRedaction, e.typ == typePolicy,
 		e.typ == typeMember && (e.content.get("third_party_invite") != "" || e.authoriser != ""):
 		return e
 	}
@@ -536,29 +536,29 @@ func (j *joinCheck) entries() stateFunc {
 	return func(typ, key string) *Event { return state[StateKey{typ, key}] }
 }
 
-// checkJoin authorises our join: by the auth events it names, and by the state before it. With members omitted the state
-// cannot tell about members, so the auth events stand for them.
-func (j *joinCheck) checkJoin(join *Event, omitted bool) error {
-	own := &joinNode{event: join, authorised: true}
+// checkEvent authorises the event that the answer is about, such as our join: by the auth events it names, and by the
+// state before it. With members omitted the state cannot tell about members, so the auth events stand for them.
+func (j *joinCheck) checkEvent(e *Event, omitted bool) error {
+	own := &joinNode{event: e, authorised: true}
 	if err := j.authorise(own); err != nil {
-		return fmt.Errorf("the join is not allowed by its auth events: %w", err)
+		return fmt.Errorf("the event is not allowed by its auth events: %w", err)
 	}
 	state := j.entries()
 	if omitted {
 		known, auth := state, make([]*Event, 0, maxAuthEvents)
-		for _, id := range join.refs[join.prevs:] {
+		for _, id := range e.refs[e.prevs:] {
 			auth = append(auth, j.graph[id].event)
 		}
 		named := stateOf(auth, nil)
 		state = func(typ, key string) *Event {
-			if e := known(typ, key); e != nil || typ != typeMember {
-				return e
+			if entry := known(typ, key); entry != nil || typ != typeMember {
+				return entry
 			}
 			return named(typ, key)
 		}
 	}
-	if err := authorise(join, state, true); err != nil {
-		return fmt.Errorf("the join is not allowed by the state: %w", err)
+	if err := authorise(e, state, true); err != nil {
+		return fmt.Errorf("the event is not allowed by the state: %w", err)
 	}
 	return nil
 }

@@ -26,7 +26,11 @@ type SendJoinResponse struct {
 	// State is the state before the join, Auth the auth chains of the join and of State. A sequence opens nothing before
 	// it is ranged over, which happens once at most; an error ends it and the answer.
 	State, Auth iter.Seq2[[]byte, error]
-	// Servers have joined users. It is set exactly if member events were left out of State.
+	// Servers have joined users. It is set exactly if member events were left out of State, as Membership.OmitMembers
+	// allows. A host that does so keeps in Auth the member events that authorise the join and the rest of State. In a room
+	// with neither name nor canonical alias it also keeps in State the members by whom clients name it: the first five
+	// that are joined or invited, without the joiner, or that have left if there are no others.
+	// https://spec.matrix.org/v1.19/client-server-api/#calculating-the-display-name-for-a-room
 	Servers []ServerName
 }
 
@@ -67,19 +71,19 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 		if answer.Event == nil {
 			answer.Event = m.Event
 		}
-		return answer.write(ctx, w, in)
+		return streamAnswer(ctx, w, func(b *bufio.Writer) error { return answer.encode(ctx, b, in.To, in.version) })
 	}
 	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: s.sendVersions(), params: 2, serve: serve}
 }
 
-// write streams the answer. An error before anything was sent is returned; afterwards the answer is left unfinished, so
-// that the caller cannot take it for whole.
-func (r *SendJoinResponse) write(ctx context.Context, w http.ResponseWriter, in *incoming) error {
+// streamAnswer writes an answer of any size. An error before anything was sent is returned; afterwards the answer is left
+// unfinished, so that the caller cannot take it for whole.
+func streamAnswer(ctx context.Context, w http.ResponseWriter, encode func(b *bufio.Writer) error) error {
 	w.Header().Set("Content-Type", "application/json")
 	sent := &answerWriter{ctx: ctx, w: w}
 	defer sent.finish()
 	b := bufio.NewWriterSize(sent, 64<<10)
-	err := r.encode(ctx, b, in.To, in.version)
+	err := encode(b)
 	if err == nil {
 		err = b.Flush()
 	}

@@ -31,7 +31,7 @@ type Config struct {
 	Allow func(ctx context.Context, r *Request) error
 	// NoV1 neither serves nor falls back to version 1 of send_join, which the specification has dropped.
 	NoV1 bool
-	// MaxRequest bounds the body of a request, in bytes; 0: 2 MiB. MaxAnswer bounds an answer to send_join; 0: 512 MiB.
+	// MaxRequest bounds the body of a request, in bytes; 0: 2 MiB. MaxAnswer bounds an answer to send_join or state; 0: 512 MiB.
 	MaxRequest, MaxAnswer int64
 	// Logger gets what is refused and why (debug) and what failed here (error); nil discards it.
 	Logger *slog.Logger
