@@ -295,8 +295,8 @@ func TestJoin_CompletionIsBounded(t *testing.T) {
 	require.Len(t, n.asked, 2+maxCompletions)
 }
 
-// The older version of the endpoint is asked when the newer one is missing, and only then; never with NoV1.
-func TestJoin_OlderVersion(t *testing.T) {
+// forEachOlder tests answers of version 2 of an endpoint; retried tells whether version 1 is to be asked then.
+func forEachOlder(test func(status int, body string, noV1, retried bool)) {
 	bodies := map[string]bool{ // whether a body says nothing of a room
 		``: true, `404 page not found`: true, `{}`: true, `[]`: true, `{"errcode":""}`: true, `{"errcode":5}`: true,
 		`{"errcode":"M_UNRECOGNIZED","error":"x"}`: true, `{"errcode":"M_NOT_FOUND","error":"x"}`: false,
@@ -306,28 +306,34 @@ func TestJoin_OlderVersion(t *testing.T) {
 	for _, status := range []int{201, 204, 302, 400, 401, 403, 404, 405, 410, 413, 429, 500, 501, 502} {
 		for body, says := range bodies {
 			want := says && (status == 400 || status == 404 || status == 405)
-			for _, noV1 := range []bool{false, true} {
-				n := &joinNet{room: newJoinRoom(t, "10", "public")}
-				n.serve = func(q *http.Request, endpoint string) *http.Response {
-					if strings.HasPrefix(q.URL.Path, "/_matrix/federation/v2/send_join/") {
-						return joinReply(status, body)
-					}
-					return nil
-				}
-				c, _ := n.server(t, func(cfg *Config) { cfg.NoV1 = noV1 })
-				result, err := n.joinWith(c, nil)
-				if want && !noV1 {
-					require.NoError(t, err, "%d %s", status, body)
-					require.Equal(t, []string{"v1 make_join r.example", "v2 send_join r.example", "v1 send_join r.example"}, n.asked)
-					require.Equal(t, n.bodies[1], n.bodies[2])
-					require.Len(t, result.State, len(n.room.state))
-					continue
-				}
-				require.Error(t, err, "%d %s", status, body)
-				require.Len(t, n.asked, 2, "%d %s", status, body)
-			}
+			test(status, body, false, want)
+			test(status, body, true, false)
 		}
 	}
+}
+
+// The older version of the endpoint is asked when the newer one is missing, and only then; never with NoV1.
+func TestJoin_OlderVersion(t *testing.T) {
+	forEachOlder(func(status int, body string, noV1, retried bool) {
+		n := &joinNet{room: newJoinRoom(t, "10", "public")}
+		n.serve = func(q *http.Request, endpoint string) *http.Response {
+			if strings.HasPrefix(q.URL.Path, "/_matrix/federation/v2/send_join/") {
+				return joinReply(status, body)
+			}
+			return nil
+		}
+		c, _ := n.server(t, func(cfg *Config) { cfg.NoV1 = noV1 })
+		result, err := n.joinWith(c, nil)
+		if !retried {
+			require.Error(t, err, "%d %s", status, body)
+			require.Len(t, n.asked, 2, "%d %s", status, body)
+			return
+		}
+		require.NoError(t, err, "%d %s", status, body)
+		require.Equal(t, []string{"v1 make_join r.example", "v2 send_join r.example", "v1 send_join r.example"}, n.asked)
+		require.Equal(t, n.bodies[1], n.bodies[2])
+		require.Len(t, result.State, len(n.room.state))
+	})
 }
 
 // What has no place in the list of servers is passed over, and a server is asked once.

@@ -50,7 +50,7 @@ func newJoinSite(t testing.TB, fault func(w http.ResponseWriter, r *http.Request
 		s.asked = append(s.asked, r.Method+" "+r.URL.Path)
 		s.mu.Unlock()
 		if fault == nil || !fault(w, r) {
-			mxfed.NewHandler(s.Server, mxfed.Hosts{Invite: s, Join: s}).ServeHTTP(w, r)
+			mxfed.NewHandler(s.Server, mxfed.Hosts{Invite: s, Join: s, Leave: s, Knock: s}).ServeHTTP(w, r)
 		}
 	})
 	s.listener.Config.ErrorLog = log.New(io.Discard, "", 0)
@@ -166,13 +166,24 @@ func TestJoin_Failover(t *testing.T) {
 		return true
 	}, nil)
 	second, joiner := newJoinSite(t, nil, nil), newJoinSite(t, nil, func(c *mxfed.Config) { c.NoV1 = true })
-	room := second.publicRoom(t, "10")
-	for _, endpoint = range []string{"/make_join/", "/send_join/"} {
+	for _, endpoint = range []string{"/make_join/", "/send_join/", "/make_knock/", "/send_knock/"} {
+		room := second.publicRoom(t, "10")
+		try := func(via ...mxfed.ServerName) (err error) {
+			_, err = joiner.join(t.Context(), room, via...)
+			return err
+		}
+		if strings.HasSuffix(endpoint, "knock/") {
+			room = second.knockRoom(t, "10")
+			try = func(via ...mxfed.ServerName) (err error) {
+				_, err = joiner.knock(t.Context(), room, via...)
+				return err
+			}
+		}
 		for _, failure = range joinFailures() {
-			before := second.count("join")
-			_, err := joiner.join(t.Context(), room, first.name, second.name)
+			before := second.count("/make_")
+			err := try(first.name, second.name)
 			require.Equal(t, failure.next, err == nil, "%s %+v: %v", endpoint, failure, err)
-			require.Equal(t, failure.next, second.count("join") > before, "%s %+v", endpoint, failure)
+			require.Equal(t, failure.next, second.count("/make_") > before, "%s %+v", endpoint, failure)
 			if err != nil {
 				var answer *mxfed.Error
 				require.ErrorAs(t, err, &answer)
@@ -182,14 +193,14 @@ func TestJoin_Failover(t *testing.T) {
 	}
 }
 
-// templateFor is a template for whatever join is asked for.
+// templateFor is a template for whatever is asked for.
 func templateFor(r *http.Request) []byte {
 	parts := strings.Split(r.URL.Path, "/")
 	if len(parts) < 7 {
 		return []byte(`{}`)
 	}
-	return fmt.Appendf(nil, `{"room_version":"10","event":{"type":"m.room.member","room_id":%q,"sender":%q,"state_key":%[2]q,"content":{"membership":"join"},"depth":5,"prev_events":["$x"],"auth_events":["$y"]}}`,
-		parts[5], parts[6])
+	return fmt.Appendf(nil, `{"room_version":"10","event":{"type":"m.room.member","room_id":%q,"sender":%q,"state_key":%[2]q,"content":{"membership":%q},"depth":5,"prev_events":["$x"],"auth_events":["$y"]}}`,
+		parts[5], parts[6], strings.TrimPrefix(parts[4], "make_"))
 }
 
 // When all fail, the error tells of each, and ClientError picks what a user can make most of.
@@ -230,12 +241,15 @@ func TestJoin_AllFail(t *testing.T) {
 		for _, n := range c.via {
 			via = append(via, sites[n].name)
 		}
-		_, err := joiner.join(t.Context(), "!x:y.example", via...)
-		for _, n := range via {
-			require.ErrorContains(t, err, string(n), name)
+		_, joining := joiner.join(t.Context(), "!x:y.example", via...)
+		_, knocking := joiner.knock(t.Context(), "!x:y.example", via...)
+		for _, err := range []error{joining, knocking} {
+			for _, n := range via {
+				require.ErrorContains(t, err, string(n), name)
+			}
+			told := mxfed.ClientError(err)
+			require.Equal(t, []any{c.status, c.code}, []any{told.Status, told.Code}, "%s: %v", name, err)
 		}
-		told := mxfed.ClientError(err)
-		require.Equal(t, []any{c.status, c.code}, []any{told.Status, told.Code}, "%s: %v", name, err)
 	}
 }
 

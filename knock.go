@@ -121,7 +121,7 @@ func (c *Client) Knock(ctx context.Context, req *KnockRequest) (*KnockResult, er
 	if len(errs) == 0 {
 		return nil, errNoCandidate()
 	}
-	return nil, fmt.Errorf("mxfed: knock on %s: %w", req.Room, errors.Join(errs...))
+	return nil, fmt.Errorf("mxfed: knock on %s: %w", req.Room, errors.Join(append(errs, ctx.Err())...))
 }
 
 // knock knocks through one server.

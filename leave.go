@@ -132,7 +132,7 @@ func (c *Client) Leave(ctx context.Context, req *LeaveRequest) (*Event, error) {
 		}
 		errs = append(errs, err)
 		if ctx.Err() != nil {
-			return nil, fmt.Errorf("mxfed: leave %s: %w", req.Room, errors.Join(errs...))
+			return nil, fmt.Errorf("mxfed: leave %s: %w", req.Room, errors.Join(append(errs, ctx.Err())...))
 		}
 	}
 	if len(errs) == 0 {
