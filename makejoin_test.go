@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"net/http/httptest"
 	"slices"
 	"testing"
 
@@ -13,7 +14,7 @@ import (
 	"example.org/mxfed"
 )
 
-// srvTemplate decodes the answer of make_join.
+// srvTemplate decodes the answer of make_join, make_leave and make_knock.
 func srvTemplate(t *testing.T, body []byte) (version mxfed.RoomVersion, event map[string]any) {
 	var answer struct {
 		Version mxfed.RoomVersion `json:"room_version"`
@@ -32,29 +33,34 @@ func TestMakeJoin(t *testing.T) {
 			room := newSrvRoom(t, s, v, nil)
 			s.reset()
 			w := room.makeJoin(t, s.domain, "@alice:domain", "nonsense", string(v))
-			require.Equal(t, 200, w.Code, "%s", w.Body)
-			require.Equal(t, "application/json", w.Header().Get("Content-Type"))
-			require.Len(t, srvObject(t, w.Body.Bytes()), 2)
-			version, event := srvTemplate(t, w.Body.Bytes())
-			require.Equal(t, v, version)
-			want := map[string]any{"type": "m.room.member", "room_id": string(room.id), "sender": "@alice:domain", "state_key": "@alice:domain",
-				"content": map[string]any{"membership": "join"}, "origin_server_ts": float64(srvNow.UnixMilli()), "depth": 5.0}
-			if v != "11" && v != "12" {
-				want["origin"] = "us.example"
-			}
-			prev, auth := event["prev_events"], event["auth_events"]
-			delete(event, "prev_events")
-			delete(event, "auth_events")
-			require.Equal(t, want, event)
-			require.Equal(t, []mxfed.EventID{room.latest.ID()}, srvIDs(t, v, prev))
-			named := []mxfed.StateKey{{Type: "m.room.power_levels"}, {Type: "m.room.join_rules"}}
-			if v != "12" {
-				named = append([]mxfed.StateKey{{Type: "m.room.create"}}, named...)
-			}
-			require.ElementsMatch(t, srvEventIDs(srvEntries(room.state, named)), srvIDs(t, v, auth))
+			room.requireTemplate(t, w, "join", mxfed.StateKey{Type: "m.room.power_levels"}, mxfed.StateKey{Type: "m.room.join_rules"})
 			require.EqualValues(t, 1, s.asks.Load())
 		})
 	}
+}
+
+// requireTemplate demands the template of @alice:domain at the end of the room. It names as auth events these entries and,
+// where the room version wants that, the create event.
+func (r *srvRoom) requireTemplate(t *testing.T, w *httptest.ResponseRecorder, membership string, named ...mxfed.StateKey) {
+	require.Equal(t, 200, w.Code, "%s", w.Body)
+	require.Equal(t, "application/json", w.Header().Get("Content-Type"))
+	require.Len(t, srvObject(t, w.Body.Bytes()), 2)
+	version, event := srvTemplate(t, w.Body.Bytes())
+	require.Equal(t, r.version, version)
+	want := map[string]any{"type": "m.room.member", "room_id": string(r.id), "sender": "@alice:domain", "state_key": "@alice:domain",
+		"content": map[string]any{"membership": membership}, "origin_server_ts": float64(srvNow.UnixMilli()), "depth": float64(r.depth + 1)}
+	if r.version != "11" && r.version != "12" {
+		want["origin"] = "us.example"
+	}
+	prev, auth := event["prev_events"], event["auth_events"]
+	delete(event, "prev_events")
+	delete(event, "auth_events")
+	require.Equal(t, want, event)
+	require.Equal(t, []mxfed.EventID{r.latest.ID()}, srvIDs(t, r.version, prev))
+	if r.version != "12" {
+		named = append(named, mxfed.StateKey{Type: "m.room.create"})
+	}
+	require.ElementsMatch(t, srvEventIDs(srvEntries(r.state, named)), srvIDs(t, r.version, auth))
 }
 
 // srvIDs are the IDs in a list of references, which must have the form of the room version.
@@ -83,18 +89,20 @@ func TestTemplate_HasNoSignature(t *testing.T) {
 	for _, v := range srvVersions {
 		s := newSrvSite(t)
 		s.signing.made.Store(0)
-		rooms := []*srvRoom{newSrvRoom(t, s, v, nil)}
-		if srvRestricted(v) {
-			rooms = append(rooms, newSrvRestrictedRoom(t, s, v, "restricted", map[mxfed.RoomID]bool{"!in:us.example": true}))
-		}
-		for _, room := range rooms {
-			w := room.makeJoin(t, s.domain, "@alice:domain", string(v))
+		check := func(membership string, room *srvRoom) {
+			w := room.make(t, s.domain, membership, "@alice:domain", string(v))
 			require.Equal(t, 200, w.Code, "%s", w.Body)
 			_, event := srvTemplate(t, w.Body.Bytes())
 			for _, member := range []string{"signatures", "hashes", "event_id", "unsigned"} {
 				require.NotContains(t, event, member)
 			}
 			require.Zero(t, s.signing.made.Load())
+		}
+		for _, membership := range srvMemberships(v) {
+			check(membership, newSrvMemberRoom(t, s, v, membership))
+		}
+		if srvRestricted(v) {
+			check("join", newSrvRestrictedRoom(t, s, v, "restricted", map[mxfed.RoomID]bool{"!in:us.example": true}))
 		}
 	}
 }
@@ -252,28 +260,34 @@ func TestMakeJoin_NotAllowed(t *testing.T) {
 }
 
 // A room that is closed to other servers stays so. https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
-func TestMakeJoin_NotFederated(t *testing.T) {
+func TestMake_NotFederated(t *testing.T) {
 	for _, v := range srvVersions {
-		for federate, open := range map[any]bool{false: false, true: true, "false": true, 0: true} {
-			s := newSrvSite(t)
-			room := newSrvRoom(t, s, v, nil)
-			closed := room.pdu(room.admin, "m.room.create", "", map[string]any{"room_version": v, "creator": room.admin, "m.federate": federate})
-			if v == "12" {
-				closed = closed.with("room_id", nil)
-			}
-			create := srvEvent(t, v, closed.with("prev_events", []any{}).sign(t, v, s.own))
-			room.id = create.RoomID()
-			s.rooms[room.id] = room
-			room.edit = func(r *mxfed.Room) {
-				i := slices.IndexFunc(r.State, func(e *mxfed.Event) bool { return e.Type() == "m.room.create" })
-				r.State[i] = create
-			}
-			s.reset()
-			if w := room.makeJoin(t, s.domain, "@alice:domain", string(v)); open {
-				require.Equal(t, 200, w.Code, "%s: %s", v, w.Body)
-			} else {
-				s.requireRefused(t, w, 403, mxfed.ErrForbidden)
-			}
+		for _, membership := range srvMemberships(v) {
+			testSrvNotFederated(t, v, membership)
+		}
+	}
+}
+
+func testSrvNotFederated(t *testing.T, v mxfed.RoomVersion, membership string) {
+	for federate, open := range map[any]bool{false: false, true: true, "false": true, 0: true} {
+		s := newSrvSite(t)
+		room := newSrvMemberRoom(t, s, v, membership)
+		closed := room.pdu(room.admin, "m.room.create", "", map[string]any{"room_version": v, "creator": room.admin, "m.federate": federate})
+		if v == "12" {
+			closed = closed.with("room_id", nil)
+		}
+		create := srvEvent(t, v, closed.with("prev_events", []any{}).sign(t, v, s.own))
+		room.id = create.RoomID()
+		s.rooms[room.id] = room
+		room.edit = func(r *mxfed.Room) {
+			i := slices.IndexFunc(r.State, func(e *mxfed.Event) bool { return e.Type() == "m.room.create" })
+			r.State[i] = create
+		}
+		s.reset()
+		if w := room.make(t, s.domain, membership, "@alice:domain", string(v)); open {
+			require.Equal(t, 200, w.Code, "%s: %s", v, w.Body)
+		} else {
+			s.requireRefused(t, w, 403, mxfed.ErrForbidden)
 		}
 	}
 }

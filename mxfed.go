@@ -1,15 +1,18 @@
-// Package mxfed speaks Matrix federation's invites and joins: handlers for a host's own mux, and a client that mirrors
-// them. It holds the protocol: strict JSON, signatures, keys, server discovery, the authorisation rules of room versions 1
-// to 12, and every check that the specification demands of both sides. Storage and policy stay with the host.
+// Package mxfed speaks Matrix federation's invites, joins, leaves and knocks: handlers for a host's own mux, and a client
+// that mirrors them. It holds the protocol: strict JSON, signatures, keys, server discovery, the authorisation rules of
+// room versions 1 to 12, and every check that the specification demands of both sides. Storage and policy stay with the
+// host.
 //
 // # Usage
 //
 // A [Server] is made of a [Config] by [NewServer]; a [Signer] for the server's name is all it must have. [NewHandler] serves
-// what the host offers in [Hosts]: an [InviteHost] takes invites to its users, a [JoinHost] takes joins to its rooms. Rooms
-// are known to the library only through [RoomSource], which states facts. [Client] invites and joins: [Client.InviteUser]
-// and [Client.Join] do all of it, [Client.Invite], [Client.MakeJoin] and [Client.SendJoin] are the single steps, [Client.Do]
-// makes any signed call. [Server.Build], [Server.Verify], [Server.Authenticate] and [AllowedByACL] are there so that a host
-// needs no second library for its own endpoints.
+// what the host offers in [Hosts]: an [InviteHost] takes invites to its users, a [JoinHost] takes joins to its rooms, and
+// so on, each for itself. Rooms are known to the library only through [RoomSource], which states facts.
+//
+// [Client.InviteUser], [Client.Join], [Client.Leave] and [Client.Knock] do all that their names say; [Client.FetchState]
+// gets the rest of a room that was joined without its members. [Client.Invite], [Client.MakeJoin], [Client.SendJoin] and
+// their like are the single steps, [Client.Do] makes any signed call. [Server.Build], [Server.Verify],
+// [Server.Authenticate] and [AllowedByACL] are there so that a host needs no second library for its own endpoints.
 //
 // # What the library decides and what the host decides
 //
@@ -37,35 +40,24 @@ import (
 	"strings"
 )
 
-// Hosts is what a server offers; nil fields are answered with 404 M_UNRECOGNIZED.
+// Hosts is what a server offers; what a zero field is about is answered with 404 M_UNRECOGNIZED.
 type Hosts struct {
-	Invite InviteHost
-	Join   JoinHost
-	Leave  MemberHost
-	Knock  MemberHost
+	Invite     InviteHost     // invite
+	Join       JoinHost       // make_join, send_join
+	Leave      MemberHost     // make_leave, send_leave
+	Knock      MemberHost     // make_knock, send_knock
+	Events     EventHost      // state, state_ids, event, event_auth
+	ThirdParty ThirdPartyHost // exchange_third_party_invite
+	Bind       BindHost       // 3pid/onbind
+	Directory  DirectoryHost  // query/directory
+	Version    ServerVersion  // version
 }
 
 // NewHandler serves everything that h offers on one handler, keys included, and answers all other paths under
 // /_matrix/federation/ and /_matrix/key/ with the protocol's 404 and 405. It may be mounted any number of times, behind
 // any mux: what it reads is the request line. https://spec.matrix.org/v1.19/server-server-api/#unsupported-endpoints
 func NewHandler(s *Server, h Hosts) http.Handler {
-	endpoints := map[string]http.Handler{}
-	if h.Invite != nil {
-		endpoints["invite"] = NewInviteHandler(s, h.Invite)
-	}
-	if h.Join != nil {
-		endpoints["make_join"] = NewMakeJoinHandler(s)
-		endpoints["send_join"] = NewSendJoinHandler(s, h.Join)
-	}
-	if h.Leave != nil {
-		endpoints["make_leave"] = NewMakeLeaveHandler(s)
-		endpoints["send_leave"] = NewSendLeaveHandler(s, h.Leave)
-	}
-	if h.Knock != nil {
-		endpoints["make_knock"] = NewMakeKnockHandler(s)
-		endpoints["send_knock"] = NewSendKnockHandler(s, h.Knock)
-	}
-	keys := NewKeyHandler(s)
+	endpoints, keys := h.endpoints(s), NewKeyHandler(s)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		t, err := parseTarget(r)
 		if err == nil {
@@ -80,4 +72,38 @@ func NewHandler(s *Server, h Hosts) http.Handler {
 		}
 		s.refuse(w, r, err)
 	})
+}
+
+// endpoints are the handlers of what h offers.
+func (h *Hosts) endpoints(s *Server) map[string]http.Handler {
+	offered := make(map[string]http.Handler)
+	if h.Invite != nil {
+		offered["invite"] = NewInviteHandler(s, h.Invite)
+	}
+	if h.Join != nil {
+		offered["make_join"], offered["send_join"] = NewMakeJoinHandler(s), NewSendJoinHandler(s, h.Join)
+	}
+	if h.Leave != nil {
+		offered["make_leave"], offered["send_leave"] = NewMakeLeaveHandler(s), NewSendLeaveHandler(s, h.Leave)
+	}
+	if h.Knock != nil {
+		offered["make_knock"], offered["send_knock"] = NewMakeKnockHandler(s), NewSendKnockHandler(s, h.Knock)
+	}
+	if h.Events != nil {
+		offered["state"], offered["state_ids"] = NewStateHandler(s, h.Events), NewStateIDsHandler(s, h.Events)
+		offered["event"], offered["event_auth"] = NewEventHandler(s, h.Events), NewEventAuthHandler(s, h.Events)
+	}
+	if h.ThirdParty != nil {
+		offered["exchange_third_party_invite"] = NewExchangeThirdPartyInviteHandler(s, h.ThirdParty)
+	}
+	if h.Bind != nil {
+		offered["3pid"] = NewOnBindHandler(s, h.Bind)
+	}
+	if h.Directory != nil {
+		offered["query"] = NewDirectoryHandler(s, h.Directory)
+	}
+	if h.Version != (ServerVersion{}) {
+		offered["version"] = NewVersionHandler(s, h.Version)
+	}
+	return offered
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -144,7 +145,7 @@ func TestRequestAuthentication(t *testing.T) {
 		for _, body := range []string{"", string(join)} {
 			method, uri := http.MethodGet, srvURI("v1/make_join", string(room.id), "@alice:domain")+"?ver=10"
 			if body != "" {
-				method, uri = http.MethodPut, room.joinURI("v2/send_join", join)
+				method, uri = http.MethodPut, room.memberURI("v2/send_join", join)
 			}
 			t.Run(name+", "+method, func(t *testing.T) {
 				s.reset()
@@ -333,7 +334,7 @@ func TestRequestAuthentication_Content(t *testing.T) {
 	} {
 		for _, contentType := range []string{"", "application/json", "text/plain", "nonsense/"} {
 			s.reset()
-			r := httptest.NewRequest("PUT", room.joinURI("v2/send_join", []byte(join)), strings.NewReader(body))
+			r := httptest.NewRequest("PUT", room.memberURI("v2/send_join", []byte(join)), strings.NewReader(body))
 			r.Header.Set("Authorization", srvXMatrix{}.header(t, s, r, join))
 			r.Header.Set("Content-Type", contentType)
 			require.Equal(t, 200, s.serve(r).Code, name)
@@ -376,8 +377,25 @@ func TestAuthenticate(t *testing.T) {
 	require.ErrorIs(t, err, mxfed.ErrLimitExceeded)
 }
 
-// Of the published endpoints, those of invites, joins and the server's own keys are served, all but the last only with a
-// signature; those of a notary need a KeyRing. https://spec.matrix.org/v1.19/server-server-api/#unsupported-endpoints
+// srvEndpoints are the published endpoints that a host can offer here: what an unsigned request with an empty body gets.
+var srvEndpoints = map[string]int{
+	"PUT v1/invite": 401, "PUT v2/invite": 401, "GET v1/make_join": 401, "PUT v1/send_join": 401, "PUT v2/send_join": 401,
+	"GET v1/make_leave": 401, "PUT v1/send_leave": 401, "PUT v2/send_leave": 401, "GET v1/make_knock": 401, "PUT v1/send_knock": 401,
+	"PUT v1/exchange_third_party_invite": 401, "GET v1/query": 401,
+	"GET v1/state": 401, "GET v1/state_ids": 401, "GET v1/event": 401, "GET v1/event_auth": 401,
+	"PUT v1/3pid": 400, "GET v1/version": 200, "GET /_matrix/key/v2/server": 200,
+}
+
+// srvNobody is a host that must not be asked.
+type srvNobody struct {
+	mxfed.EventHost
+	mxfed.BindHost
+	mxfed.DirectoryHost
+}
+
+// Of the published endpoints, those that a host offers are served, and only open ones without a signature; those of a
+// notary need a KeyRing. A server without hosts publishes its keys and nothing else.
+// https://spec.matrix.org/v1.19/server-server-api/#unsupported-endpoints
 func TestEndpoints(t *testing.T) {
 	var file struct {
 		Endpoints []struct{ Method, Path, Auth string }
@@ -385,24 +403,37 @@ func TestEndpoints(t *testing.T) {
 	require.NoError(t, srvReadVector("endpoints.json", &file))
 	require.Len(t, file.Endpoints, 26)
 	s := newSrvSite(t)
-	served := map[string]string{"v1/invite": "PUT", "v2/invite": "PUT", "v1/make_join": "GET", "v1/send_join": "PUT", "v2/send_join": "PUT"}
+	member, nobody := mxfed.MemberHostFunc(s.takeMember), srvNobody{}
+	everything := mxfed.NewHandler(s.server, mxfed.Hosts{Invite: mxfed.InviteHostFunc(s.takeInvite), Join: mxfed.JoinHostFunc(s.takeJoin),
+		Leave: member, Knock: member, Events: nobody, ThirdParty: nobody, Bind: nobody, Directory: nobody, Version: mxfed.ServerVersion{Name: "x"}})
+	nothing := mxfed.NewHandler(s.server, mxfed.Hosts{})
+	served := maps.Clone(srvEndpoints)
 	for _, e := range file.Endpoints {
 		uri := strings.NewReplacer("{roomId}", "!r:us.example", "{eventId}", "$e", "{userId}", "@u:domain", "{txnId}", "1", "{serverName}", "domain").Replace(e.Path)
-		s.reset()
-		w := s.serve(httptest.NewRequest(e.Method, uri, strings.NewReader("{}")))
-		name, _, _ := strings.Cut(strings.TrimPrefix(uri, "/_matrix/federation/"), "/!")
-		switch {
-		case served[name] != "":
-			require.Equal(t, served[name], e.Method)
-			require.Equal(t, "X-Matrix", e.Auth)
-			s.requireRefused(t, w, 401, mxfed.ErrUnauthorized)
-			delete(served, name)
-		case uri == "/_matrix/key/v2/server":
-			require.Equal(t, "none", e.Auth)
-			require.Equal(t, 200, w.Code)
-		default:
-			s.requireRefused(t, w, 404, mxfed.ErrUnrecognized)
+		name := uri
+		if path, ok := strings.CutPrefix(uri, "/_matrix/federation/"); ok {
+			name = strings.Join(strings.Split(path, "/")[:2], "/")
 		}
+		name = e.Method + " " + name
+		want, ok := served[name]
+		delete(served, name)
+		for i, handler := range []http.Handler{everything, nothing} {
+			s.reset()
+			status, w := want, httptest.NewRecorder()
+			if i == 1 && name != "GET /_matrix/key/v2/server" {
+				status = 0
+			}
+			handler.ServeHTTP(w, httptest.NewRequest(e.Method, uri, strings.NewReader("{}")))
+			switch {
+			case status == 0:
+				s.requireRefused(t, w, 404, mxfed.ErrUnrecognized)
+			case status == 401:
+				s.requireRefused(t, w, 401, mxfed.ErrUnauthorized)
+			default:
+				require.Equal(t, status, w.Code, name)
+			}
+		}
+		require.True(t, !ok || (e.Auth == "X-Matrix") == (want == 401), name)
 	}
 	require.Empty(t, served)
 }

@@ -92,6 +92,22 @@ func (v *srvVector) run(t *testing.T, peers map[mxfed.ServerName]*srvPeer) {
 			require.NotEmpty(t, body["room_version"])
 		}
 	}
+	if endpoint == "send_join" {
+		v.requireNeither(t, s, origin)
+	}
+}
+
+// requireNeither demands that the body of a join, good or bad, is taken neither for a leave nor for a knock.
+func (v *srvVector) requireNeither(t *testing.T, s *srvSite, origin *srvPeer) {
+	for _, membership := range []string{"leave", "knock"} {
+		for _, endpoint := range srvSends[membership] {
+			s.reset()
+			w := s.send(t, origin, http.MethodPut, srvURI(endpoint, string(v.Room), string(v.Event)), v.Body)
+			require.Contains(t, []int{400, 401, 403, 404, 413}, w.Code, "%s", w.Body)
+			require.Zero(t, s.signing.made.Load(), "signed something")
+			require.Empty(t, s.members, "the host was asked")
+		}
+	}
 }
 
 // configure makes the server under test the receiver, whose rooms are as run says.

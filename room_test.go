@@ -230,10 +230,10 @@ func TestMembershipCheck_SameID(t *testing.T) {
 	s := newSrvSite(t)
 	room := newSrvRoom(t, s, "1", nil)
 	join := room.joinOf("@alice:domain", "")
-	require.Equal(t, 200, room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, "1", s.domain)).Code)
+	require.Equal(t, 200, room.sendMember(t, s.domain, "v2/send_join", join.sign(t, "1", s.domain)).Code)
 	s.reset()
 	other := join.with("content", map[string]any{"membership": "join", "displayname": "x"}).with("depth", 99)
-	s.requireRefused(t, room.sendJoin(t, s.domain, "v2/send_join", other.sign(t, "1", s.domain)), 400, mxfed.ErrInvalidParam)
+	s.requireRefused(t, room.sendMember(t, s.domain, "v2/send_join", other.sign(t, "1", s.domain)), 400, mxfed.ErrInvalidParam)
 }
 
 // What auth_events may not name is refused, however good the join is otherwise.
@@ -275,7 +275,7 @@ func TestRoomQuery(t *testing.T) {
 	})
 	s2.rooms = s.rooms
 	pdu := room.joinOf("@alice:domain", room.admin).sign(t, "10", s.domain)
-	for _, c := range []struct{ method, uri string }{{"GET", srvURI("v1/make_join", string(room.id), "@alice:domain") + "?ver=10"}, {"PUT", room.joinURI("v2/send_join", pdu)}} {
+	for _, c := range []struct{ method, uri string }{{"GET", srvURI("v1/make_join", string(room.id), "@alice:domain") + "?ver=10"}, {"PUT", room.memberURI("v2/send_join", pdu)}} {
 		asked = nil
 		require.Equal(t, 200, s2.send(t, s.domain, c.method, c.uri, pdu).Code)
 		require.Len(t, asked, 2)

@@ -20,8 +20,8 @@ import (
 	"example.org/mxfed"
 )
 
-// srvBadJoins are joins of @alice:domain that must never get the resident server's signature.
-func srvBadJoins() map[string]srvDefect {
+// srvBadMembers are joins, leaves or knocks of @alice:domain that must never get the resident server's signature.
+func srvBadMembers(membership string) map[string]srvDefect {
 	invalid, badJSON := mxfed.ErrInvalidParam, mxfed.ErrBadJSON
 	null := json.RawMessage("null")
 	all := map[string]srvDefect{
@@ -45,18 +45,20 @@ func srvBadJoins() map[string]srvDefect {
 		"signed by a third server":               {by: "third", code: invalid},
 		"signed by us":                           {by: "us", code: invalid},
 		"other bytes signed":                     {text: srvReplace(`"origin_server_ts":`, `"origin_server_ts":1`), code: invalid},
-		"content hash wrong":                     {text: srvReplace(`"membership":"join"`, `"displayname":"A","membership":"join"`), code: invalid},
-		"membership twice":                       {text: srvReplace(`"membership":"join"`, `"membership":"leave","membership":"join"`), code: mxfed.ErrNotJSON},
+		"content hash wrong":                     {text: srvReplace(`"membership":`, `"displayname":"A","membership":`), code: invalid},
+		"membership twice":                       {text: srvReplace(`"membership":`, `"membership":"ban","membership":`), code: mxfed.ErrNotJSON},
 		"room_id missing":                        {event: srvSet("room_id", nil), code: invalid},
 		"depth missing":                          {event: srvSet("depth", nil), code: badJSON},
 		"depth too large":                        {event: srvSet("depth", json.RawMessage("9223372036854775808")), code: badJSON},
 		"depth negative":                         {event: srvSet("depth", -1), code: badJSON},
 		"time missing":                           {event: srvSet("origin_server_ts", nil), code: badJSON},
 		"hashes missing":                         {event: srvSet("hashes", map[string]any{}), code: badJSON},
-		"event of 64 KiB":                        {event: srvSet("content", map[string]any{"membership": "join", "displayname": strings.Repeat("x", 65536)}), status: 413, code: mxfed.ErrTooLarge},
+		"event of 64 KiB":                        {event: srvSet("content", map[string]any{"membership": membership, "displayname": strings.Repeat("x", 65536)}), status: 413, code: mxfed.ErrTooLarge},
 	}
-	for _, m := range []any{"leave", "invite", "ban", "knock", "Join", "", []string{"join"}, 1, null} {
-		all["membership "+fmt.Sprint(m)] = srvDefect{event: srvMembership(m), code: invalid}
+	for _, m := range []any{"join", "leave", "invite", "ban", "knock", strings.ToUpper(membership), membership + " ", "", []string{membership}, 1, null} {
+		if m != membership {
+			all["membership "+fmt.Sprint(m)] = srvDefect{event: srvMembership(m), code: invalid}
+		}
 	}
 	return all
 }
@@ -73,7 +75,7 @@ func TestSendJoin(t *testing.T) {
 				good := room.joinOf("@alice:domain", "").with("member_of_the_future", true)
 				join := good.sign(t, v, s.domain)
 				unsigned := append(join[:len(join)-1:len(join)-1], `,"unsigned":{"age":7}}`...)
-				w := s.send(t, s.domain, http.MethodPut, room.joinURI(endpoint, join), unsigned)
+				w := s.send(t, s.domain, http.MethodPut, room.memberURI(endpoint, join), unsigned)
 				require.Equal(t, 200, w.Code, "%s", w.Body)
 				require.Equal(t, "application/json", w.Header().Get("Content-Type"))
 				require.EqualValues(t, 1, s.signing.made.Load())
@@ -112,19 +114,19 @@ func srvJoinAnswer(t testing.TB, endpoint string, body []byte) map[string]any {
 	return srvObject(t, body)
 }
 
-// The resident server's signature under a join says that its user, or the room, has let somebody in.
-func TestSendJoin_NeverSigns(t *testing.T) {
-	for _, v := range []mxfed.RoomVersion{"1", "3", "6", "10", "12"} {
+// The resident server's signature says that its user, or the room, has let somebody in, or that it took a leave or knock.
+func TestSend_NeverSigns(t *testing.T) {
+	forEachSrvSend(t, func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion) {
 		s := newSrvSite(t)
-		room := newSrvRoom(t, s, v, nil)
-		for name, c := range srvBadJoins() {
-			t.Run(name+", version "+string(v), func(t *testing.T) {
+		room := newSrvMemberRoom(t, s, v, membership)
+		for name, c := range srvBadMembers(membership) {
+			t.Run(name, func(t *testing.T) {
 				s.reset()
-				pdu := c.pdu(t, s, v, room.joinOf("@alice:domain", ""))
-				s.requireRefused(t, room.sendJoin(t, c.sender(s), "v2/send_join", pdu), cmp.Or(c.status, 400), c.code)
+				pdu := c.pdu(t, s, v, room.memberOf("@alice:domain", membership))
+				s.requireRefused(t, room.sendMember(t, c.sender(s), endpoint, pdu), cmp.Or(c.status, 400), c.code)
 			})
 		}
-	}
+	})
 }
 
 // Numbers that canonical JSON does not know are refused from room version 6 on.
@@ -141,7 +143,7 @@ func TestSendJoin_Numbers(t *testing.T) {
 			s.reset()
 			join := room.joinOf(fmt.Sprintf("@u%d:domain", i), "")
 			join["content"] = map[string]any{"membership": "join", "n": json.Number(number)}
-			w := room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, s.domain))
+			w := room.sendMember(t, s.domain, "v2/send_join", join.sign(t, v, s.domain))
 			if tolerant {
 				require.Equal(t, 200, w.Code, "%s: %s: %.300s", v, number, w.Body)
 			} else {
@@ -199,14 +201,14 @@ func TestSendJoin_NotAllowed(t *testing.T) {
 					c.after(t, s, room)
 				}
 				s.reset()
-				s.requireRefused(t, room.sendJoin(t, s.domain, "v2/send_join", pdu), 403, mxfed.ErrForbidden)
+				s.requireRefused(t, room.sendMember(t, s.domain, "v2/send_join", pdu), 403, mxfed.ErrForbidden)
 			})
 		}
 	}
 }
 
-// A join names events that the room has, and of its state those that it may name, each once.
-func TestSendJoin_References(t *testing.T) {
+// An event names events that the room has, and of its state those that it may name, each once.
+func TestSend_References(t *testing.T) {
 	for name, change := range map[string]func(r *srvRoom, p srvPDU) srvPDU{
 		"auth event unknown": func(r *srvRoom, p srvPDU) srvPDU {
 			return p.with("auth_events", append(p["auth_events"].([]any), srvRefs(r.version, "$unknown:us.example")...))
@@ -215,22 +217,26 @@ func TestSendJoin_References(t *testing.T) {
 			return p.with("auth_events", append(p["auth_events"].([]any), p["auth_events"].([]any)[0]))
 		},
 		"no auth events": func(r *srvRoom, p srvPDU) srvPDU { return p.with("auth_events", []any{}) },
-		"another user's join": func(r *srvRoom, p srvPDU) srvPDU {
+		"another user's member event": func(r *srvRoom, p srvPDU) srvPDU {
 			return p.with("auth_events", append(p["auth_events"].([]any), srvRefs(r.version, r.local.ID())...))
+		},
+		"the name of the room": func(r *srvRoom, p srvPDU) srvPDU {
+			return p.with("auth_events", append(p["auth_events"].([]any), srvRefs(r.version, r.latest.ID())...))
 		},
 		"no prev_events": func(r *srvRoom, p srvPDU) srvPDU { return p.with("prev_events", []any{}) },
 		"prev event unknown": func(r *srvRoom, p srvPDU) srvPDU {
 			return p.with("prev_events", srvRefs(r.version, "$unknown:us.example"))
 		},
 	} {
-		for _, v := range []mxfed.RoomVersion{"1", "10", "12"} {
+		forEachSrvSend(t, func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion) {
 			s := newSrvSite(t)
-			room := newSrvRoom(t, s, v, nil)
-			pdu := change(room, room.joinOf("@alice:domain", "")).sign(t, v, s.domain)
+			room := newSrvMemberRoom(t, s, v, membership)
+			room.set(t, s.own, room.admin, "m.room.name", "", map[string]any{"name": "a"})
+			pdu := change(room, room.memberOf("@alice:domain", membership)).sign(t, v, s.domain)
 			s.reset()
-			t.Log(name, v)
-			s.requireRefused(t, room.sendJoin(t, s.domain, "v2/send_join", pdu), 403, mxfed.ErrForbidden)
-		}
+			t.Log(name)
+			s.requireRefused(t, room.sendMember(t, s.domain, endpoint, pdu), 403, mxfed.ErrForbidden)
+		})
 	}
 }
 
@@ -247,7 +253,7 @@ func TestSendJoin_RestrictedRecheck(t *testing.T) {
 		join := room.joinOf("@alice:domain", authoriser)
 		pdu := join.sign(t, v, s.domain)
 		s.reset()
-		w := room.sendJoin(t, s.domain, "v2/send_join", pdu)
+		w := room.sendMember(t, s.domain, "v2/send_join", pdu)
 		switch {
 		case c.status == 200:
 			require.Equal(t, 200, w.Code, "%s", w.Body)
@@ -304,7 +310,7 @@ func TestSendJoin_RestrictedChangedSince(t *testing.T) {
 				pdu := room.joinOf("@alice:domain", "@mod:us.example").sign(t, v, s.domain)
 				c.change(t, s, room)
 				s.reset()
-				w := room.sendJoin(t, s.domain, "v2/send_join", pdu)
+				w := room.sendMember(t, s.domain, "v2/send_join", pdu)
 				if c.status == 200 {
 					require.Equal(t, 200, w.Code, "%s", w.Body)
 				} else {
@@ -327,7 +333,7 @@ func TestRestricted_Order(t *testing.T) {
 		require.Contains(t, srvObject(t, m.Event.JSON())["signatures"], "us.example")
 		return nil, mxfed.ErrForbidden
 	}
-	w := room.sendJoin(t, s.domain, "v2/send_join", pdu)
+	w := room.sendMember(t, s.domain, "v2/send_join", pdu)
 	requireSrvError(t, w, 403, mxfed.ErrForbidden)
 	require.NotContains(t, w.Body.String(), "signatures")
 	require.Len(t, s.joins, 1)
@@ -337,7 +343,7 @@ func TestRestricted_Order(t *testing.T) {
 		require.NoError(t, err)
 		broken := newSrvSite(t, func(cfg *mxfed.Config) { cfg.Signers = []*mxfed.Signer{signer} })
 		broken.rooms = s.rooms
-		w := broken.send(t, s.domain, http.MethodPut, room.joinURI("v2/send_join", pdu), pdu)
+		w := broken.send(t, s.domain, http.MethodPut, room.memberURI("v2/send_join", pdu), pdu)
 		broken.requireRefused(t, w, 500, mxfed.ErrUnknown)
 	}
 }
@@ -354,12 +360,12 @@ func (k *srvWrongKey) Sign(r io.Reader, message []byte, opts crypto.SignerOpts) 
 	return k.private.Sign(r, message, opts)
 }
 
-// join_authorised_via_users_server means something from room version 8 on, and only if it is a user ID of this server or
-// of one that has signed. https://spec.matrix.org/v1.19/rooms/v8/#authorization-rules
+// join_authorised_via_users_server means something from room version 8 on, in every member event, and only if it is a user
+// ID of this server or of one that has signed. https://spec.matrix.org/v1.19/rooms/v8/#authorization-rules
 func TestAuthoriser_OnlyWhereTheRoomVersionSays(t *testing.T) {
-	for _, v := range srvVersions {
+	forEachSrvSend(t, func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion) {
 		s := newSrvSite(t)
-		room := newSrvRoom(t, s, v, nil)
+		room := newSrvMemberRoom(t, s, v, membership)
 		room.set(t, s.third, room.admin, "m.room.member", "@mod:third.example", map[string]any{"membership": "invite"})
 		room.set(t, s.third, "@mod:third.example", "m.room.member", "@mod:third.example", map[string]any{"membership": "join"})
 		for name, c := range map[string]struct {
@@ -381,16 +387,25 @@ func TestAuthoriser_OnlyWhereTheRoomVersionSays(t *testing.T) {
 			"the joining server's user": {"@someone:domain", nil, true}, // which has signed
 		} {
 			s.reset()
-			join := room.joinOf("@"+strings.ReplaceAll(name, " ", ".")+":domain", "")
-			join["content"] = map[string]any{"membership": "join", "join_authorised_via_users_server": c.value}
-			w := room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, append(c.by, s.domain)...))
+			s.take, s.accept = srvNotKept() // or the next one would leave or join for the second time
+			e := room.memberOf("@alice:domain", membership)
+			e["content"] = map[string]any{"membership": membership, "join_authorised_via_users_server": c.value}
+			w := room.sendMember(t, s.domain, endpoint, e.sign(t, v, append(c.by, s.domain)...))
 			if c.ok || !srvRestricted(v) {
-				require.Equal(t, 200, w.Code, "%s: %s: %.300s", name, v, w.Body)
+				require.Equal(t, 200, w.Code, "%s: %.300s", name, w.Body)
 			} else {
 				s.requireRefused(t, w, 400, mxfed.ErrInvalidParam)
 			}
 		}
-	}
+	})
+}
+
+// srvNotKept are hosts that take everything and keep nothing.
+func srvNotKept() (take func(context.Context, *mxfed.Membership) error, accept func(context.Context, *mxfed.Membership) (*mxfed.SendJoinResponse, error)) {
+	return func(context.Context, *mxfed.Membership) error { return nil },
+		func(context.Context, *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
+			return &mxfed.SendJoinResponse{}, nil
+		}
 }
 
 // The member has an s in it. With any other spelling nobody has authorised the join, and nothing of ours is co-signed.
@@ -402,7 +417,7 @@ func TestAuthoriser_Spelling(t *testing.T) {
 			s.reset()
 			join := room.joinOf("@alice:domain", room.admin)
 			join["content"] = map[string]any{"membership": "join", name: room.admin}
-			s.requireRefused(t, room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, s.domain)), 403, mxfed.ErrForbidden)
+			s.requireRefused(t, room.sendMember(t, s.domain, "v2/send_join", join.sign(t, v, s.domain)), 403, mxfed.ErrForbidden)
 		}
 		_, event := srvTemplate(t, room.makeJoin(t, s.domain, "@alice:domain", string(v)).Body.Bytes())
 		require.Equal(t, map[string]any{"membership": "join", "join_authorised_via_users_server": room.admin}, event["content"])
@@ -418,8 +433,8 @@ func TestSendJoin_AuthorisedElsewhere(t *testing.T) {
 		room := c.room(t, s, v, "restricted")
 		join := room.joinOf("@alice:domain", "@mod:third.example")
 		s.reset()
-		s.requireRefused(t, room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, s.domain)), 400, mxfed.ErrInvalidParam)
-		w := room.sendJoin(t, s.domain, "v2/send_join", join.sign(t, v, s.domain, s.third))
+		s.requireRefused(t, room.sendMember(t, s.domain, "v2/send_join", join.sign(t, v, s.domain)), 400, mxfed.ErrInvalidParam)
+		w := room.sendMember(t, s.domain, "v2/send_join", join.sign(t, v, s.domain, s.third))
 		require.Equal(t, 200, w.Code, "%s", w.Body)
 		require.EqualValues(t, 1, s.signing.made.Load())
 	}

@@ -30,29 +30,35 @@ type srvCall struct {
 	user                  string // of whom it speaks
 }
 
-// newSrvCalls makes one good request for every endpoint and version. The room of all of them is us.example's own, with
-// these ACLs, so that one list shows what every endpoint does.
+// newSrvCalls makes one good request for every endpoint and version. The rooms are us.example's own, with these ACLs, so
+// that one list shows what every endpoint does.
 func newSrvCalls(t testing.TB, s *srvSite, acl map[string]any) []srvCall {
 	alice, bob := s.domain.user("alice"), s.own.user("bob")
-	var calls []srvCall
-	for _, v := range []mxfed.RoomVersion{"1", "10"} {
-		room := newSrvRoom(t, s, v, nil)
+	newRoom := func(v mxfed.RoomVersion, membership string) *srvRoom {
+		room := newSrvMemberRoom(t, s, v, membership)
 		if acl != nil {
 			room.set(t, s.own, room.admin, "m.room.server_acl", "", acl)
 		}
-		invite := room.pdu(alice, "m.room.member", bob, map[string]any{"membership": "invite"}).sign(t, v, s.domain)
-		id := string(srvEvent(t, v, invite).ID())
-		if v == "1" {
-			calls = append(calls, srvCall{"v1/invite", http.MethodPut, srvURI("v1/invite", string(room.id), id), invite, room.id, bob})
-			continue
+		return room
+	}
+	var calls []srvCall
+	for endpoint, v := range map[string]mxfed.RoomVersion{"v1/invite": "1", "v2/invite": "9"} {
+		room := newRoom(v, "join")
+		body := room.pdu(alice, "m.room.member", bob, map[string]any{"membership": "invite"}).sign(t, v, s.domain)
+		uri := srvURI(endpoint, string(room.id), string(srvEvent(t, v, body).ID()))
+		if endpoint == "v2/invite" {
+			body = fmt.Appendf(nil, `{"room_version":"%s","event":%s}`, v, body)
 		}
-		body := fmt.Appendf(nil, `{"room_version":"%s","event":%s}`, v, invite)
-		join := room.joinOf(alice, "").sign(t, v, s.domain)
-		calls = append(calls,
-			srvCall{"v2/invite", http.MethodPut, srvURI("v2/invite", string(room.id), id), body, room.id, bob},
-			srvCall{"v1/make_join", http.MethodGet, srvURI("v1/make_join", string(room.id), alice) + "?ver=10", nil, room.id, alice},
-			srvCall{"v1/send_join", http.MethodPut, room.joinURI("v1/send_join", join), join, room.id, alice},
-			srvCall{"v2/send_join", http.MethodPut, room.joinURI("v2/send_join", join), join, room.id, alice})
+		calls = append(calls, srvCall{endpoint, http.MethodPut, uri, body, room.id, bob})
+	}
+	for membership, v := range map[string]mxfed.RoomVersion{"join": "10", "leave": "8", "knock": "7"} {
+		room := newRoom(v, membership)
+		make := srvURI("v1/make_"+membership, string(room.id), alice) + "?ver=" + string(v)
+		calls = append(calls, srvCall{"v1/make_" + membership, http.MethodGet, make, nil, room.id, alice})
+		event := room.memberOf(alice, membership).sign(t, v, s.domain)
+		for _, endpoint := range srvSends[membership] {
+			calls = append(calls, srvCall{endpoint, http.MethodPut, room.memberURI(endpoint, event), event, room.id, alice})
+		}
 	}
 	return calls
 }
@@ -123,11 +129,12 @@ func TestHooks_CalledOnEveryEndpoint(t *testing.T) {
 		s.accept = func(context.Context, *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
 			return nil, mxfed.ErrForbidden
 		}
+		s.take = func(context.Context, *mxfed.Membership) error { return mxfed.ErrForbidden }
 		for _, c := range newSrvCalls(t, s, nil) {
 			if c.method == http.MethodPut {
 				s.reset()
 				requireSrvError(t, s.send(t, s.domain, c.method, c.uri, c.body), 403, mxfed.ErrForbidden)
-				require.Equal(t, 1, len(s.invites)+len(s.joins), c.endpoint)
+				require.Equal(t, 1, len(s.invites)+len(s.joins)+len(s.members), c.endpoint)
 			}
 		}
 	})
@@ -168,7 +175,7 @@ func TestNoOracle(t *testing.T) {
 	} {
 		s := newSrvSite(t, func(cfg *mxfed.Config) { cfg.Rooms = source })
 		for _, c := range calls {
-			if strings.HasSuffix(c.endpoint, "_join") {
+			if !strings.HasSuffix(c.endpoint, "invite") { // which is about rooms that are not known here
 				w := s.send(t, s.domain, c.method, c.uri, c.body)
 				s.requireRefused(t, w, 404, mxfed.ErrNotFound)
 				unknown[w.Body.String()] = true
@@ -191,14 +198,18 @@ func TestParity_v1_v2(t *testing.T) {
 		pdu, from := c.pdu(t, s, "1", i.event), c.sender(s)
 		requireSrvParity(t, name, i.send(t, s, from, "v1", pdu, i.state), i.send(t, s, from, "v2", pdu, i.state))
 	}
-	room := newSrvRoom(t, s, "10", nil)
-	for name, c := range srvBadJoins() {
-		pdu, from := c.pdu(t, s, "10", room.joinOf("@alice:domain", "")), c.sender(s)
-		requireSrvParity(t, name, room.sendJoin(t, from, "v1/send_join", pdu), room.sendJoin(t, from, "v2/send_join", pdu))
+	for _, membership := range []string{"join", "leave"} {
+		room := newSrvMemberRoom(t, s, "10", membership)
+		v1, v2 := srvSends[membership][0], srvSends[membership][1]
+		for name, c := range srvBadMembers(membership) {
+			pdu, from := c.pdu(t, s, "10", room.memberOf("@alice:domain", membership)), c.sender(s)
+			requireSrvParity(t, name, room.sendMember(t, from, v1, pdu), room.sendMember(t, from, v2, pdu))
+		}
+		pdu := room.memberOf("@alice:domain", membership).sign(t, "10", s.domain)
+		old, latest := room.sendMember(t, s.domain, v1, pdu), room.sendMember(t, s.domain, v2, pdu)
+		require.Equal(t, 200, latest.Code)
+		require.Equal(t, "[200,"+latest.Body.String()+"]", old.Body.String())
 	}
-	join := room.joinOf("@alice:domain", "").sign(t, "10", s.domain)
-	old, latest := room.sendJoin(t, s.domain, "v1/send_join", join), room.sendJoin(t, s.domain, "v2/send_join", join)
-	require.Equal(t, "[200,"+latest.Body.String()+"]", old.Body.String())
 }
 
 func requireSrvParity(t *testing.T, name string, a, b *httptest.ResponseRecorder) {
@@ -232,7 +243,7 @@ func TestUnknownEndpoints(t *testing.T) {
 	require.Empty(t, s.allowed, "no signature was looked at")
 }
 
-// An endpoint without a host, and version 1 of send_join if it is switched off, do not exist.
+// An endpoint without a host, and version 1 of send_join and send_leave if it is switched off, do not exist.
 func TestHandler_WithoutHosts(t *testing.T) {
 	s := newSrvSite(t)
 	calls := newSrvCalls(t, s, nil)
@@ -243,6 +254,8 @@ func TestHandler_WithoutHosts(t *testing.T) {
 		"nothing": {mxfed.Hosts{}, nil},
 		"invites": {mxfed.Hosts{Invite: mxfed.InviteHostFunc(s.takeInvite)}, []string{"v1/invite", "v2/invite"}},
 		"joins":   {mxfed.Hosts{Join: mxfed.JoinHostFunc(s.takeJoin)}, []string{"v1/make_join", "v1/send_join", "v2/send_join"}},
+		"leaves":  {mxfed.Hosts{Leave: mxfed.MemberHostFunc(s.takeMember)}, []string{"v1/make_leave", "v1/send_leave", "v2/send_leave"}},
+		"knocks":  {mxfed.Hosts{Knock: mxfed.MemberHostFunc(s.takeMember)}, []string{"v1/make_knock", "v1/send_knock"}},
 	} {
 		s.handler = mxfed.NewHandler(s.server, c.hosts)
 		for _, call := range calls {
@@ -258,7 +271,7 @@ func TestHandler_WithoutHosts(t *testing.T) {
 	s = newSrvSite(t, func(cfg *mxfed.Config) { cfg.NoV1 = true })
 	for _, c := range newSrvCalls(t, s, nil) {
 		s.reset()
-		if w := s.send(t, s.domain, c.method, c.uri, c.body); c.endpoint == "v1/send_join" {
+		if w := s.send(t, s.domain, c.method, c.uri, c.body); c.endpoint == "v1/send_join" || c.endpoint == "v1/send_leave" {
 			s.requireRefused(t, w, 404, mxfed.ErrUnrecognized)
 		} else {
 			require.Equal(t, 200, w.Code, c.endpoint)
@@ -290,7 +303,7 @@ func TestPathBodyMismatch(t *testing.T) {
 		} {
 			s.reset()
 			w := s.send(t, s.domain, c.method, uri, c.body)
-			if name == "swapped" && strings.HasSuffix(c.endpoint, "send_join") {
+			if name == "swapped" && !strings.HasSuffix(c.endpoint, "invite") {
 				s.requireRefused(t, w, 404, mxfed.ErrNotFound) // no such room
 				continue
 			}
@@ -331,7 +344,7 @@ func TestSend_OriginMismatch(t *testing.T) {
 	for _, c := range newSrvCalls(t, s, nil) {
 		s.reset()
 		status, code := 400, mxfed.ErrInvalidParam
-		if c.endpoint == "v1/make_join" {
+		if c.method == http.MethodGet {
 			status, code = 403, mxfed.ErrForbidden
 		}
 		s.requireRefused(t, s.send(t, s.third, c.method, c.uri, c.body), status, code)
@@ -391,9 +404,8 @@ func TestSend_SignatureMatrix(t *testing.T) {
 	s.keys.byName["domain"]["ed25519:old"] = mxfed.Key{Public: known.Public, Expired: srvNow.Add(-time.Hour)}
 	s.keys.byName["domain"]["rsa:k"] = known
 	for _, v := range []mxfed.RoomVersion{"1", "4", "10", "12"} {
-		invite, room := newSrvInvitation(t, s, v), newSrvRoom(t, s, v, nil)
-		join := room.joinOf("@alice:domain", "")
-		for name, c := range srvSignatureCases(t, srvSignatureOf(t, join.with("depth", 99), v, s.domain)) {
+		invite := newSrvInvitation(t, s, v)
+		for name, c := range srvSignatureCases(t, srvSignatureOf(t, invite.event.with("depth", 99), v, s.domain)) {
 			sign := func(p srvPDU) json.RawMessage {
 				own := map[string]any{"ed25519:k": srvSignatureOf(t, p, v, s.domain)}
 				if c.change != nil {
@@ -415,10 +427,13 @@ func TestSend_SignatureMatrix(t *testing.T) {
 				s.reset()
 				check(t, invite.send(t, s, s.domain, "v2", sign(invite.event), invite.state))
 			})
-			t.Run(name+", join, version "+string(v), func(t *testing.T) {
-				s.reset()
-				check(t, room.sendJoin(t, s.domain, "v2/send_join", sign(join)))
-			})
+			for _, membership := range srvMemberships(v) {
+				t.Run(name+", "+membership+", version "+string(v), func(t *testing.T) {
+					room := newSrvMemberRoom(t, s, v, membership)
+					s.reset()
+					check(t, room.sendMember(t, s.domain, srvNewest(membership), sign(room.memberOf("@alice:domain", membership))))
+				})
+			}
 		}
 	}
 }

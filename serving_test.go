@@ -106,10 +106,12 @@ type srvSite struct {
 	mu      sync.Mutex
 	invites []*mxfed.Invite
 	joins   []*mxfed.Membership
+	members []*mxfed.Membership // leaves and knocks
 	allowed []mxfed.Request
 	// What the hosts do instead, if set.
 	invited func(ctx context.Context, inv *mxfed.Invite) error
 	accept  func(ctx context.Context, m *mxfed.Membership) (*mxfed.SendJoinResponse, error)
+	take    func(ctx context.Context, m *mxfed.Membership) error
 	allow   func(ctx context.Context, r *mxfed.Request) error
 }
 
@@ -128,7 +130,9 @@ func newSrvSite(t testing.TB, change ...func(*mxfed.Config)) *srvSite {
 	}
 	s.server, err = mxfed.NewServer(cfg)
 	require.NoError(t, err)
-	s.handler = mxfed.NewHandler(s.server, mxfed.Hosts{Invite: mxfed.InviteHostFunc(s.takeInvite), Join: mxfed.JoinHostFunc(s.takeJoin)})
+	member := mxfed.MemberHostFunc(s.takeMember)
+	s.handler = mxfed.NewHandler(s.server, mxfed.Hosts{Invite: mxfed.InviteHostFunc(s.takeInvite), Join: mxfed.JoinHostFunc(s.takeJoin),
+		Leave: member, Knock: member})
 	return s
 }
 
@@ -171,6 +175,16 @@ func (s *srvSite) takeJoin(ctx context.Context, m *mxfed.Membership) (*mxfed.Sen
 	return s.rooms[m.Event.RoomID()].join(m)
 }
 
+func (s *srvSite) takeMember(ctx context.Context, m *mxfed.Membership) error {
+	s.mu.Lock()
+	s.members = append(s.members, m)
+	s.mu.Unlock()
+	if s.take != nil {
+		return s.take(ctx, m)
+	}
+	return s.rooms[m.Event.RoomID()].take(m)
+}
+
 // reset forgets what was counted.
 func (s *srvSite) reset() {
 	s.signing.made.Store(0)
@@ -178,7 +192,7 @@ func (s *srvSite) reset() {
 	s.keys.asked.Store(0)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.invites, s.joins, s.allowed = nil, nil, nil
+	s.invites, s.joins, s.members, s.allowed = nil, nil, nil, nil
 }
 
 // request is a request of from, signed; if the body is no JSON, only the rest of it is.
@@ -216,6 +230,7 @@ func (s *srvSite) requireRefused(t testing.TB, w *httptest.ResponseRecorder, sta
 	require.Zero(t, s.signing.made.Load(), "signed something")
 	require.Empty(t, s.invites, "the host was asked")
 	require.Empty(t, s.joins, "the host was asked")
+	require.Empty(t, s.members, "the host was asked")
 	return body
 }
 

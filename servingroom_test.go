@@ -37,7 +37,7 @@ type srvRoom struct {
 	joined map[mxfed.RoomID]bool            // what is answered about conditions
 	local  *mxfed.Event                     // who may let others in
 	edit   func(*mxfed.Room)                // changes what is answered, if set
-	before map[mxfed.EventID][]*mxfed.Event // the state before each join that was stored
+	before map[mxfed.EventID][]*mxfed.Event // the state before each event that was stored
 }
 
 // newSrvRoom makes a room with these join rules; nil: public.
@@ -100,7 +100,10 @@ func (r *srvRoom) authEvents(sender, typ, key string, content map[string]any) []
 		wanted = append(wanted, mxfed.StateKey{Type: "m.room.create"})
 	}
 	if typ == "m.room.member" {
-		wanted = append(wanted, mxfed.StateKey{Type: "m.room.member", Key: key}, mxfed.StateKey{Type: "m.room.join_rules"})
+		wanted = append(wanted, mxfed.StateKey{Type: "m.room.member", Key: key})
+		if m := content["membership"]; m == "join" || m == "invite" || m == "knock" {
+			wanted = append(wanted, mxfed.StateKey{Type: "m.room.join_rules"})
+		}
 		if user, ok := content["join_authorised_via_users_server"].(string); ok && srvRestricted(r.version) {
 			wanted = append(wanted, mxfed.StateKey{Type: "m.room.member", Key: user})
 		}
@@ -181,10 +184,17 @@ func (r *srvRoom) join(m *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
 	return r.store(m)
 }
 
-// store checks again, stores once and answers.
-func (r *srvRoom) store(m *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
+// take is the host's transaction of a leave or knock.
+func (r *srvRoom) take(m *mxfed.Membership) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.keep(m)
+}
+
+// keep checks again and stores once.
+func (r *srvRoom) keep(m *mxfed.Membership) error {
 	if err := m.Check(r.facts(m.Ask)); err != nil {
-		return nil, err
+		return err
 	}
 	id := m.Event.ID()
 	if r.events[id] == nil {
@@ -193,6 +203,15 @@ func (r *srvRoom) store(m *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
 		r.events[id] = m.Event
 		r.state[mxfed.StateKey{Type: "m.room.member", Key: string(m.Event.Sender())}] = m.Event
 	}
+	return nil
+}
+
+// store keeps a join and answers it.
+func (r *srvRoom) store(m *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
+	if err := r.keep(m); err != nil {
+		return nil, err
+	}
+	id := m.Event.ID()
 	answer := &mxfed.SendJoinResponse{Event: r.events[id], Auth: srvSequence(r.before[id], m.OmitMembers), State: srvSequence(r.before[id], m.OmitMembers)}
 	if m.OmitMembers {
 		answer.Servers = []mxfed.ServerName{r.site.own.name}
@@ -211,13 +230,13 @@ func srvSequence(events []*mxfed.Event, omit bool) iter.Seq2[[]byte, error] {
 	}
 }
 
-// sendJoin sends a join as the server from, to the path that belongs to it.
-func (r *srvRoom) sendJoin(t testing.TB, from *srvPeer, endpoint string, pdu []byte) *httptest.ResponseRecorder {
-	return r.site.send(t, from, http.MethodPut, r.joinURI(endpoint, pdu), pdu)
+// sendMember sends a member event as the server from, to the path that belongs to it.
+func (r *srvRoom) sendMember(t testing.TB, from *srvPeer, endpoint string, pdu []byte) *httptest.ResponseRecorder {
+	return r.site.send(t, from, http.MethodPut, r.memberURI(endpoint, pdu), pdu)
 }
 
-// joinURI is the path of a join; one that cannot be parsed has no ID of its own.
-func (r *srvRoom) joinURI(endpoint string, pdu []byte) string {
+// memberURI is the path of a member event; one that cannot be parsed has no ID of its own.
+func (r *srvRoom) memberURI(endpoint string, pdu []byte) string {
 	id := mxfed.EventID("$unreadable")
 	if e, err := mxfed.ParseEvent(r.version, pdu); err == nil {
 		id = e.ID()
@@ -225,9 +244,14 @@ func (r *srvRoom) joinURI(endpoint string, pdu []byte) string {
 	return srvURI(endpoint, string(r.id), string(id))
 }
 
-// makeJoin asks for a template, offering ver.
+// makeJoin asks for the template of a join, offering ver.
 func (r *srvRoom) makeJoin(t testing.TB, from *srvPeer, user string, ver ...string) *httptest.ResponseRecorder {
-	uri := srvURI("v1/make_join", string(r.id), user)
+	return r.make(t, from, "join", user, ver...)
+}
+
+// make asks for the template of a membership, offering ver.
+func (r *srvRoom) make(t testing.TB, from *srvPeer, membership, user string, ver ...string) *httptest.ResponseRecorder {
+	uri := srvURI("v1/make_"+membership, string(r.id), user)
 	if len(ver) > 0 {
 		uri += "?" + url.Values{"ver": ver}.Encode()
 	}

@@ -2,24 +2,28 @@ package mxfed
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
 )
 
-// A template is material: whatever another server writes into it, what gets signed is a join of our user to the room that
-// was asked for, with nothing of the template's but its place in the graph and who authorises it.
-// https://spec.matrix.org/v1.19/server-server-api/#joining-rooms
+// A template is material: whatever another server writes into it, what gets signed is a join, leave or knock of our user,
+// whichever it was to be, in the room that was asked for, with nothing of the template's but its place in the graph and, of
+// a join, who authorises it. https://spec.matrix.org/v1.19/server-server-api/#joining-rooms
 
-const templateContent = `{"displayname":"Bob","membership":"leave","reason":"tea"}`
+var templateMemberships = []string{"join", "leave", "knock"}
+
+const templateContent = `{"displayname":"Bob","join_authorised_via_users_server":"@bob:us.example","membership":"ban","reason":"tea"}`
 
 // templateWanted is the one event that may be signed for a template.
-func templateWanted(rules *roomRules, room RoomID, template value) value {
-	content := value(`{"displayname":"Bob","membership":"join","reason":"tea"}`)
-	if rules.restricted {
+func templateWanted(rules *roomRules, membership string, room RoomID, template value) value {
+	content := value(`{"displayname":"Bob","reason":"tea"}`).with("membership", quoted(membership))
+	if rules.restricted && membership == "join" {
 		content = content.with("join_authorised_via_users_server", template.get("content").get("join_authorised_via_users_server"))
 	}
 	wanted := object(field{"auth_events", template.get("auth_events")}, field{"content", content}, field{"depth", template.get("depth")},
@@ -53,10 +57,10 @@ func templatePair(pair value) value {
 	return array(parts[0], object(field{"sha256", hash}))
 }
 
-// requireTemplate checks what became of an answer to make_join: join is nil if it was refused.
-func requireTemplate(t testing.TB, key *joinSignatures, room RoomID, answer value, join *Event) {
+// requireTemplate checks what became of an answer with a template: made is nil if it was refused.
+func requireTemplate(t testing.TB, key *joinSignatures, membership string, room RoomID, answer value, made *Event) {
 	signed := key.events()
-	if join == nil {
+	if made == nil {
 		require.Empty(t, signed, "%s", answer)
 		return
 	}
@@ -65,29 +69,38 @@ func requireTemplate(t testing.TB, key *joinSignatures, room RoomID, answer valu
 	if !ok || version == "" {
 		version = "1"
 	}
-	require.Equal(t, RoomVersion(version), join.Version())
-	bare := join.text.with("signatures", "").with("hashes", "")
-	if join.rules.eventID == idGiven {
-		require.Equal(t, joinUser.Server(), join.id.server())
+	require.Equal(t, RoomVersion(version), made.Version())
+	bare := made.text.with("signatures", "").with("hashes", "")
+	if made.rules.eventID == idGiven {
+		require.Equal(t, joinUser.Server(), made.id.server())
 		bare = bare.with("event_id", "")
 	}
-	require.Equal(t, templateWanted(join.rules, room, answer.get("event")), bare, "%s", answer)
-	require.True(t, join.hashOK)
-	require.Equal(t, string(new(eventParser).signedBytes(join)), string(signed[0]))
+	require.Equal(t, templateWanted(made.rules, membership, room, answer.get("event")), bare, "%s", answer)
+	require.True(t, made.hashOK)
+	require.Equal(t, string(new(eventParser).signedBytes(made)), string(signed[0]))
 	sig, err := joinSigner(t, joinUser.Server()).sign([]byte(signed[0]))
 	require.NoError(t, err)
-	require.Equal(t, object(field{"us.example", object(field{"ed25519:1", quoted(sig)})}), join.text.get("signatures"))
+	require.Equal(t, object(field{"us.example", object(field{"ed25519:1", quoted(sig)})}), made.text.get("signatures"))
 }
 
-// makeFromTemplate has Bob's server make a join of an answer to make_join; nil if it refuses.
-func makeFromTemplate(t testing.TB, room RoomID, answer string) (*joinSignatures, *Event, error) {
+// makeFromTemplate has Bob's server make an event of an answer with a template; nil if it refuses.
+func makeFromTemplate(t testing.TB, membership string, room RoomID, answer string) (*joinSignatures, *Event, error) {
 	n := &joinNet{serve: func(*http.Request, string) *http.Response { return joinReply(200, answer) }, room: &joinRoom{t: t}}
 	c, key := n.server(t, nil)
-	content, err := memberContent([]byte(templateContent), "join")
+	content, err := memberContent([]byte(templateContent), membership)
 	require.NoError(t, err)
-	join, _, err := c.memberEvent(context.Background(), joinVia, newMemberDraft(room, joinUser, "join"), content)
-	require.Equal(t, err == nil, join != nil)
-	return key, join, err
+	made, _, err := c.memberEvent(context.Background(), joinVia, newMemberDraft(room, joinUser, membership), content)
+	require.Equal(t, err == nil, made != nil)
+	return key, made, err
+}
+
+// templateOf is the answer of an honest server of the room.
+func (r *joinRoom) templateOf(membership string) value {
+	event := r.template()
+	if membership != "join" {
+		event = event.with("content", object(field{"membership", quoted(membership)}))
+	}
+	return object(field{"event", event}, field{"room_version", quoted(r.rules.version)})
 }
 
 // templateCase is a change to a good template; ok says in which room versions it is taken all the same.
@@ -97,9 +110,9 @@ type templateCase struct {
 	ok  func(*roomRules) bool
 }
 
-func templateCases() map[string]templateCase {
+func templateCases(membership string) map[string]templateCase {
 	always, never := func(*roomRules) bool { return true }, func(*roomRules) bool { return false }
-	restricted := func(r *roomRules) bool { return r.restricted }
+	restricted := func(r *roomRules) bool { return r.restricted && membership == "join" } // elsewhere the user means nothing
 	not := func(of func(*roomRules) bool) func(*roomRules) bool {
 		return func(r *roomRules) bool { return !of(r) }
 	}
@@ -169,8 +182,10 @@ func templateCases() map[string]templateCase {
 	for _, typ := range []value{`"m.room.power_levels"`, `"m.room.Member"`, `"m.room.message"`, `""`} {
 		cases["type "+string(typ)] = templateCase{"type", typ, never}
 	}
-	for _, m := range []value{`"leave"`, `"ban"`, `"invite"`, `"knock"`, `"JOIN"`, `""`, `["join"]`, `{"join":1}`} {
-		cases["membership "+string(m)] = templateCase{"content.membership", m, never}
+	for _, m := range []value{`"join"`, `"leave"`, `"ban"`, `"invite"`, `"knock"`, quoted(strings.ToUpper(membership)), `""`, array(quoted(membership)), `{"join":1}`} {
+		if m != quoted(membership) {
+			cases["membership "+string(m)] = templateCase{"content.membership", m, never}
+		}
 	}
 	for _, key := range []string{"room_id", "sender", "state_key", "type", "content", "content.membership", "prev_events", "auth_events", "depth"} {
 		for _, of := range []value{"", "null", "true", "1.5", `"x"`, `{}`, `[null]`, `[1]`, `[[]]`, `[{}]`, `[["$x"]]`, `[["$x",null]]`, `[[{},"$x"]]`} {
@@ -183,21 +198,23 @@ func templateCases() map[string]templateCase {
 func TestTemplate_Hostile(t *testing.T) {
 	for _, v := range joinVersions {
 		room := newJoinRoom(t, v, "public")
-		good := object(field{"event", room.template()}, field{"room_version", quoted(v)})
-		key, join, err := makeFromTemplate(t, room.id, string(good))
-		require.NoError(t, err)
-		requireTemplate(t, key, room.id, good, join)
-		for name, c := range templateCases() {
-			event := good.get("event")
-			if member, ok := strings.CutPrefix(c.key, "content."); ok {
-				event = event.with("content", event.get("content").with(member, c.to))
-			} else {
-				event = event.with(c.key, c.to)
+		for _, membership := range templateMemberships {
+			good := room.templateOf(membership)
+			key, made, err := makeFromTemplate(t, membership, room.id, string(good))
+			require.NoError(t, err)
+			requireTemplate(t, key, membership, room.id, good, made)
+			for name, c := range templateCases(membership) {
+				event := good.get("event")
+				if member, ok := strings.CutPrefix(c.key, "content."); ok {
+					event = event.with("content", event.get("content").with(member, c.to))
+				} else {
+					event = event.with(c.key, c.to)
+				}
+				answer := good.with("event", event)
+				key, made, err := makeFromTemplate(t, membership, room.id, string(answer))
+				require.Equal(t, c.ok(v.rules()), err == nil, "%s: %s: %s: %v", v, membership, name, err)
+				requireTemplate(t, key, membership, room.id, answer, made)
 			}
-			answer := good.with("event", event)
-			key, join, err := makeFromTemplate(t, room.id, string(answer))
-			require.Equal(t, c.ok(v.rules()), err == nil, "%s: %s: %v", v, name, err)
-			requireTemplate(t, key, room.id, answer, join)
 		}
 	}
 }
@@ -205,59 +222,80 @@ func TestTemplate_Hostile(t *testing.T) {
 // Around the template, too, nothing is guessed. https://spec.matrix.org/v1.19/server-server-api/#get_matrixfederationv1make_joinroomiduserid
 func TestTemplate_HostileAnswer(t *testing.T) {
 	for _, v := range joinVersions {
-		room := newJoinRoom(t, v, "public")
-		event := string(room.template())
-		for name, answer := range map[string]string{
-			"empty":                   ``,
-			"no JSON":                 `<html>`,
-			"empty object":            `{}`,
-			"a list":                  `[200,{"event":` + event + `,"room_version":"` + string(v) + `"}]`,
-			"the event alone":         event,
-			"no event":                `{"room_version":"` + string(v) + `"}`,
-			"event null":              `{"event":null,"room_version":"` + string(v) + `"}`,
-			"event a list":            `{"event":[` + event + `],"room_version":"` + string(v) + `"}`,
-			"event a string":          `{"event":"x","room_version":"` + string(v) + `"}`,
-			"two events":              `{"event":` + event + `,"event":` + event + `,"room_version":"` + string(v) + `"}`,
-			"version a number":        `{"event":` + event + `,"room_version":` + string(v) + `}`,
-			"version null":            `{"event":` + event + `,"room_version":null}`,
-			"version unknown":         `{"event":` + event + `,"room_version":"org.example"}`,
-			"version with a space":    `{"event":` + event + `,"room_version":"` + string(v) + ` "}`,
-			"version of other format": `{"event":` + event + `,"room_version":"` + map[bool]string{true: "3", false: "1"}[v.rules().eventID == idGiven] + `"}`,
-			"more after it":           `{"event":` + event + `,"room_version":"` + string(v) + `"}{}`,
-			"too large":               `{"event":` + event + `,"room_version":"` + string(v) + `","x":"` + strings.Repeat("x", maxSmallReply) + `"}`,
-		} {
-			key, _, err := makeFromTemplate(t, room.id, answer)
-			require.Error(t, err, "%s: %s", v, name)
-			require.Empty(t, key.events())
-			require.True(t, nextMayHelp(err), "%s: %s: another server may be honest", v, name)
+		for _, membership := range templateMemberships {
+			testHostileAnswers(t, newJoinRoom(t, v, "public"), membership)
 		}
-		other := map[bool]RoomVersion{true: "10", false: "12"}[v == "12"] // whose room IDs have another form
-		_, _, err := makeFromTemplate(t, room.id, string(object(field{"event", value(event)}, field{"room_version", quoted(other)})))
-		require.True(t, err != nil && nextMayHelp(err))
 	}
-	_, _, err := makeFromTemplate(t, "!x:r.example", `{"event":{},"room_version":"13"}`)
+	_, _, err := makeFromTemplate(t, "join", "!x:r.example", `{"event":{},"room_version":"13"}`)
 	require.ErrorIs(t, err, ErrIncompatibleRoomVersion)
 }
 
-// MakeJoin refuses what Join refuses and hands on the rest as it is.
-func TestMakeJoin_Client(t *testing.T) {
-	n := &joinNet{room: newJoinRoom(t, "10", "public")}
-	c, key := n.server(t, nil)
-	req := &MakeJoinRequest{Room: n.room.id, User: joinUser}
-	answer, err := c.MakeJoin(context.Background(), joinVia, req)
-	require.NoError(t, err)
-	require.Equal(t, RoomVersion("10"), answer.Version)
-	require.Equal(t, string(n.room.template()), string(answer.Event))
-	n.template = func(answer value) value {
-		return answer.with("event", answer.get("event").with("room_id", `"!x:r.example"`))
+func testHostileAnswers(t *testing.T, room *joinRoom, membership string) {
+	v, event := room.rules.version, string(room.templateOf(membership).get("event"))
+	for name, answer := range map[string]string{
+		"empty":                   ``,
+		"no JSON":                 `<html>`,
+		"empty object":            `{}`,
+		"a list":                  `[200,{"event":` + event + `,"room_version":"` + string(v) + `"}]`,
+		"the event alone":         event,
+		"no event":                `{"room_version":"` + string(v) + `"}`,
+		"event null":              `{"event":null,"room_version":"` + string(v) + `"}`,
+		"event a list":            `{"event":[` + event + `],"room_version":"` + string(v) + `"}`,
+		"event a string":          `{"event":"x","room_version":"` + string(v) + `"}`,
+		"two events":              `{"event":` + event + `,"event":` + event + `,"room_version":"` + string(v) + `"}`,
+		"version a number":        `{"event":` + event + `,"room_version":` + string(v) + `}`,
+		"version null":            `{"event":` + event + `,"room_version":null}`,
+		"version unknown":         `{"event":` + event + `,"room_version":"org.example"}`,
+		"version with a space":    `{"event":` + event + `,"room_version":"` + string(v) + ` "}`,
+		"version of other format": `{"event":` + event + `,"room_version":"` + map[bool]string{true: "3", false: "1"}[v.rules().eventID == idGiven] + `"}`,
+		"more after it":           `{"event":` + event + `,"room_version":"` + string(v) + `"}{}`,
+		"too large":               `{"event":` + event + `,"room_version":"` + string(v) + `","x":"` + strings.Repeat("x", maxSmallReply) + `"}`,
+	} {
+		key, _, err := makeFromTemplate(t, membership, room.id, answer)
+		require.Error(t, err, "%s: %s", v, name)
+		require.Empty(t, key.events())
+		require.True(t, nextMayHelp(err), "%s: %s: another server may be honest", v, name)
 	}
-	_, err = c.MakeJoin(context.Background(), joinVia, req)
-	require.ErrorContains(t, err, "room_id")
-	_, err = c.MakeJoin(context.Background(), joinVia, &MakeJoinRequest{Room: n.room.id, User: joinCarol})
-	require.ErrorIs(t, err, ErrInvalidParam)
+	other := map[bool]RoomVersion{true: "10", false: "12"}[v == "12"] // whose room IDs have another form
+	_, _, err := makeFromTemplate(t, membership, room.id, string(object(field{"event", value(event)}, field{"room_version", quoted(other)})))
+	require.True(t, err != nil && nextMayHelp(err))
+}
+
+// MakeJoin, MakeLeave and MakeKnock refuse what Join, Leave and Knock refuse and hand on the rest as it is.
+func TestMake_Client(t *testing.T) {
+	room := newJoinRoom(t, "10", "public")
+	var answer value
+	var query string
+	n := &joinNet{room: room, serve: func(q *http.Request, _ string) *http.Response {
+		query = q.URL.RawQuery
+		return joinReply(200, string(answer))
+	}}
+	c, key := n.server(t, func(cfg *Config) { cfg.Versions = []RoomVersion{"10", "11"} })
+	ctx := context.Background()
+	for membership, ask := range map[string]func(user UserID) (any, error){
+		"join":  func(user UserID) (any, error) { return c.MakeJoin(ctx, joinVia, &MakeJoinRequest{room.id, user}) },
+		"leave": func(user UserID) (any, error) { return c.MakeLeave(ctx, joinVia, &MakeLeaveRequest{room.id, user}) },
+		"knock": func(user UserID) (any, error) { return c.MakeKnock(ctx, joinVia, &MakeKnockRequest{room.id, user}) },
+	} {
+		n.asked = nil
+		answer = room.templateOf(membership)
+		got, err := ask(joinUser)
+		require.NoError(t, err)
+		wire, err := json.Marshal(got)
+		require.NoError(t, err)
+		require.Equal(t, string(answer), string(wire), membership)
+		require.Equal(t, map[string]string{"join": "ver=10&ver=11", "leave": "", "knock": "ver=10&ver=11"}[membership], query)
+		answer = answer.with("event", answer.get("event").with("room_id", `"!x:r.example"`))
+		_, err = ask(joinUser)
+		require.ErrorContains(t, err, "room_id")
+		_, err = ask(joinCarol)
+		require.ErrorIs(t, err, ErrInvalidParam)
+		require.Equal(t, slices.Repeat([]string{"v1 make_" + membership + " r.example"}, 2), n.asked)
+	}
 	require.Empty(t, key.events())
 }
 
+// FuzzMakeJoinAnswer gives each answer to make_leave and make_knock as well.
 func FuzzMakeJoinAnswer(f *testing.F) {
 	const room, hashRoom = "!room:r.example", "!ckKSZ9vP7FTFzKQE9KZFH6ayI9HDvziQvo4Thq_HYn8"
 	for _, x := range recordedAnswers(f, "make_join") {
@@ -273,18 +311,22 @@ func FuzzMakeJoinAnswer(f *testing.F) {
 	}
 	for _, v := range joinVersions[:11] {
 		r := newJoinRoom(f, v, "restricted")
-		f.Add(false, []byte(object(field{"event", r.template()}, field{"room_version", quoted(v)})))
+		for _, membership := range templateMemberships {
+			f.Add(false, []byte(r.templateOf(membership)))
+		}
 	}
 	f.Fuzz(func(t *testing.T, hash bool, answer []byte) {
 		id := RoomID(room)
 		if hash {
 			id = hashRoom
 		}
-		key, join, _ := makeFromTemplate(t, id, string(answer))
-		var text value
-		if join != nil {
-			text = eventCanonical(t, answer)
+		for _, membership := range templateMemberships {
+			key, made, _ := makeFromTemplate(t, membership, id, string(answer))
+			var text value
+			if made != nil {
+				text = eventCanonical(t, answer)
+			}
+			requireTemplate(t, key, membership, id, text, made)
 		}
-		requireTemplate(t, key, id, text, join)
 	})
 }

@@ -1,0 +1,324 @@
+package mxfed_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"example.org/mxfed"
+)
+
+// This file tests what joins, leaves and knocks have in common on the side of the server that takes them.
+
+// srvSends are the endpoints that finished events are sent to, the oldest version first.
+var srvSends = map[string][]string{"join": {"v1/send_join", "v2/send_join"}, "leave": {"v1/send_leave", "v2/send_leave"}, "knock": {"v1/send_knock"}}
+
+// srvNewest is the newest version of such an endpoint.
+func srvNewest(membership string) string {
+	endpoints := srvSends[membership]
+	return endpoints[len(endpoints)-1]
+}
+
+// srvMemberships are what users may do to themselves in rooms of a version, in an order that is a history.
+func srvMemberships(v mxfed.RoomVersion) []string {
+	if srvKnocks(v) {
+		return []string{"knock", "join", "leave"}
+	}
+	return []string{"join", "leave"}
+}
+
+// srvKnocks tells whether the version knows knocks.
+func srvKnocks(v mxfed.RoomVersion) bool { return len(v) > 1 || v >= "7" }
+
+// forEachSrvSend tests every endpoint of finished events with every room version that knows them.
+func forEachSrvSend(t *testing.T, test func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion)) {
+	for _, v := range srvVersions {
+		for _, membership := range srvMemberships(v) {
+			for _, endpoint := range srvSends[membership] {
+				t.Run(endpoint+", version "+string(v), func(t *testing.T) { test(t, endpoint, membership, v) })
+			}
+		}
+	}
+}
+
+// newSrvMemberRoom makes a room in which @alice:domain may do what membership says, at any time.
+func newSrvMemberRoom(t testing.TB, s *srvSite, v mxfed.RoomVersion, membership string) *srvRoom {
+	rule := "public"
+	if membership == "knock" {
+		rule = "knock"
+	}
+	room := newSrvRoom(t, s, v, map[string]any{"join_rule": rule})
+	if membership == "leave" {
+		room.set(t, s.domain, "@alice:domain", "m.room.member", "@alice:domain", map[string]any{"membership": "join"})
+	}
+	return room
+}
+
+// memberOf is an event at the end of the room by which a user changes their own membership, not signed.
+func (r *srvRoom) memberOf(user, membership string) srvPDU {
+	return r.pdu(user, "m.room.member", user, map[string]any{"membership": membership})
+}
+
+// A leave or knock that is taken carries this server's signature; the host gets it verified, with the question that it was
+// judged by. https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_leaveroomideventid
+func TestSendMember(t *testing.T) {
+	forEachSrvSend(t, func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion) {
+		if membership == "join" {
+			return // its answer is another matter
+		}
+		s := newSrvSite(t)
+		room := newSrvMemberRoom(t, s, v, membership)
+		s.reset()
+		good := room.memberOf("@alice:domain", membership).with("member_of_the_future", true)
+		good["content"] = map[string]any{"membership": membership, "reason": "tea"}
+		pdu := good.sign(t, v, s.domain)
+		unsigned := append(slices.Clone(pdu[:len(pdu)-1]), `,"unsigned":{"age":7}}`...)
+		w := s.send(t, s.domain, "PUT", room.memberURI(endpoint, pdu), unsigned)
+		require.Equal(t, 200, w.Code, "%s", w.Body)
+		require.Equal(t, "application/json", w.Header().Get("Content-Type"))
+		require.EqualValues(t, 1, s.signing.made.Load())
+		require.LessOrEqual(t, s.asks.Load(), int64(2))
+		switch endpoint {
+		case "v1/send_leave":
+			require.Equal(t, "[200,{}]", w.Body.String())
+		case "v2/send_leave":
+			require.Equal(t, "{}", w.Body.String())
+		}
+
+		require.Len(t, s.members, 1)
+		m := s.members[0]
+		want := srvObject(t, pdu)
+		want["signatures"] = srvObject(t, good.sign(t, v, s.domain, s.own))["signatures"]
+		require.Equal(t, want, srvObject(t, m.Event.JSON()))
+		require.NoError(t, s.server.Verify(t.Context(), m.Event)[0])
+		require.Equal(t, []mxfed.ServerName{s.domain.name, s.own.name}, []mxfed.ServerName{m.Ask.Origin, m.Ask.To})
+		require.Equal(t, m.Event.Prev(), m.Ask.Prev)
+		require.Subset(t, m.Ask.Events, append(m.Event.Auth(), m.Event.ID()))
+		require.LessOrEqual(t, len(m.Ask.State), 64)
+		require.Empty(t, m.Ask.Allow)
+		require.False(t, m.Ask.Local || m.OmitMembers)
+		require.Equal(t, m.Event, room.state[mxfed.StateKey{Type: "m.room.member", Key: "@alice:domain"}])
+	})
+}
+
+// What the host of leaves and knocks says is the answer, and what it keeps to itself does not leave.
+func TestMemberHost(t *testing.T) {
+	for name, c := range map[string]struct {
+		err    error
+		status int
+		code   mxfed.ErrorCode
+	}{
+		"refused":    {mxfed.ErrForbidden, 403, mxfed.ErrForbidden},
+		"full":       {fmt.Errorf("full: %w", &mxfed.Error{Code: mxfed.ErrLimitExceeded, Message: "later"}), 429, mxfed.ErrLimitExceeded},
+		"gone":       {mxfed.ErrNotFound, 404, mxfed.ErrNotFound},
+		"failed":     {errors.New("secret of the database"), 500, mxfed.ErrUnknown},
+		"in a hurry": {context.DeadlineExceeded, 503, mxfed.ErrUnknown},
+	} {
+		for _, membership := range []string{"leave", "knock"} {
+			for _, endpoint := range srvSends[membership] {
+				s := newSrvSite(t)
+				s.take = func(_ context.Context, m *mxfed.Membership) error {
+					require.EqualValues(t, 1, s.signing.made.Load(), "the event is signed when the host is asked")
+					require.NoError(t, s.server.Verify(t.Context(), m.Event)[0])
+					return c.err
+				}
+				room := newSrvMemberRoom(t, s, "10", membership)
+				s.reset()
+				w := room.sendMember(t, s.domain, endpoint, room.memberOf("@alice:domain", membership).sign(t, "10", s.domain))
+				requireSrvError(t, w, c.status, c.code)
+				require.Len(t, s.members, 1, name)
+				for _, kept := range []string{"secret", "signatures", "knock_room_state"} {
+					require.NotContains(t, w.Body.String(), kept, name)
+				}
+			}
+		}
+	}
+}
+
+// What becomes of the room while the host is asked decides: the host sees the room as it is in its own transaction.
+func TestSendMember_Late(t *testing.T) {
+	for _, membership := range []string{"leave", "knock"} {
+		s := newSrvSite(t)
+		room := newSrvMemberRoom(t, s, "10", membership)
+		pdu := room.memberOf("@alice:domain", membership).sign(t, "10", s.domain)
+		s.take = func(_ context.Context, m *mxfed.Membership) error {
+			room.history(t, srvMember{"", "ban"})
+			return room.take(m)
+		}
+		requireSrvError(t, room.sendMember(t, s.domain, srvNewest(membership), pdu), 403, mxfed.ErrForbidden)
+		require.Empty(t, room.before)
+		require.Equal(t, "ban", room.state[mxfed.StateKey{Type: "m.room.member", Key: "@alice:domain"}].Membership())
+	}
+}
+
+// A signature of ours that does not verify is our failure, and the host never hears of it.
+func TestMember_VerifiedAfterSigning(t *testing.T) {
+	for _, membership := range []string{"leave", "knock"} {
+		s := newSrvSite(t)
+		room := newSrvMemberRoom(t, s, "10", membership)
+		pdu := room.memberOf("@alice:domain", membership).sign(t, "10", s.domain)
+		signer, err := mxfed.NewSigner(s.own.name, s.own.id, &srvWrongKey{s.own.key, s.third.key})
+		require.NoError(t, err)
+		broken := newSrvSite(t, func(cfg *mxfed.Config) { cfg.Signers = []*mxfed.Signer{signer} })
+		broken.rooms = s.rooms
+		broken.requireRefused(t, broken.send(t, s.domain, "PUT", room.memberURI(srvNewest(membership), pdu), pdu), 500, mxfed.ErrUnknown)
+	}
+}
+
+// The first of several defects decides, in this order: the room, its ACL, what the event says, its signature, the
+// authorisation rules.
+func TestSend_Order(t *testing.T) {
+	forEachSrvSend(t, func(t *testing.T, endpoint, membership string, v mxfed.RoomVersion) {
+		s := newSrvSite(t)
+		room := newSrvMemberRoom(t, s, v, membership)
+		room.set(t, s.own, room.admin, "m.room.member", "@alice:domain", map[string]any{"membership": "ban"})
+		room.set(t, s.own, room.admin, "m.room.server_acl", "", map[string]any{"allow": []string{"elsewhere"}})
+		good := room.memberOf("@alice:domain", membership)
+		refused := func(p srvPDU, by *srvPeer, status int, code mxfed.ErrorCode) {
+			t.Helper()
+			s.reset()
+			s.requireRefused(t, room.sendMember(t, s.domain, endpoint, p.sign(t, v, by)), status, code)
+		}
+		delete(s.rooms, room.id)
+		refused(good.with("depth", -1), s.third, 404, mxfed.ErrNotFound)
+		s.rooms[room.id] = room
+		refused(good.with("depth", -1), s.third, 403, mxfed.ErrForbidden)
+		room.set(t, s.own, room.admin, "m.room.server_acl", "", map[string]any{"allow": []string{"*"}})
+		refused(good.with("depth", -1), s.third, 400, mxfed.ErrBadJSON)
+		refused(good, s.third, 400, mxfed.ErrInvalidParam)
+		require.EqualValues(t, 1, s.asks.Load())
+		refused(good, s.domain, 403, mxfed.ErrForbidden)
+		require.EqualValues(t, 2, s.asks.Load())
+	})
+}
+
+// A fact that the host leaves out lets nobody in or out.
+func TestSend_FactsMissing(t *testing.T) {
+	for name, edit := range map[string]func(r *mxfed.Room){
+		"no create event": func(r *mxfed.Room) {
+			r.State = slices.DeleteFunc(r.State, func(e *mxfed.Event) bool { return e.Type() == "m.room.create" })
+		},
+		"no state":                func(r *mxfed.Room) { r.State = nil },
+		"no state before":         func(r *mxfed.Room) { r.Before = nil },
+		"an empty one before":     func(r *mxfed.Room) { r.Before = []*mxfed.Event{} },
+		"no events":               func(r *mxfed.Room) { r.Events = nil },
+		"one event less":          func(r *mxfed.Room) { r.Events = r.Events[:max(len(r.Events)-1, 0)] },
+		"nothing but the version": func(r *mxfed.Room) { *r = mxfed.Room{Version: r.Version} },
+	} {
+		for _, v := range []mxfed.RoomVersion{"1", "10", "12"} {
+			for _, membership := range srvMemberships(v) {
+				s := newSrvSite(t)
+				room := newSrvMemberRoom(t, s, v, membership)
+				pdu := room.memberOf("@alice:domain", membership).sign(t, v, s.domain)
+				room.edit = edit
+				s.reset()
+				t.Log(name, membership, v)
+				s.requireRefused(t, room.sendMember(t, s.domain, srvNewest(membership), pdu), 403, mxfed.ErrForbidden)
+			}
+		}
+	}
+}
+
+// srvMember is a membership of @alice:domain that was set by her or the admin.
+type srvMember struct {
+	by, membership string // by "" for the admin
+}
+
+// history puts entries into the room, one after the other. Nobody asks whether its rules allow them.
+func (r *srvRoom) history(t testing.TB, entries ...srvMember) {
+	for _, m := range entries {
+		by, sender := r.site.own, r.admin
+		if m.by != "" {
+			by, sender = r.site.domain, m.by
+		}
+		r.set(t, by, sender, "m.room.member", "@alice:domain", map[string]any{"membership": m.membership})
+	}
+}
+
+// srvHistories are what a user may have been before.
+var srvHistories = map[string][]srvMember{
+	"never there":         nil,
+	"invited":             {{"", "invite"}},
+	"joined":              {{"", "invite"}, {"@alice:domain", "join"}},
+	"left":                {{"", "invite"}, {"@alice:domain", "join"}, {"@alice:domain", "leave"}},
+	"invite rejected":     {{"", "invite"}, {"@alice:domain", "leave"}},
+	"invite taken back":   {{"", "invite"}, {"", "leave"}},
+	"kicked":              {{"", "invite"}, {"@alice:domain", "join"}, {"", "leave"}},
+	"banned":              {{"", "ban"}},
+	"banned and forgiven": {{"", "ban"}, {"", "leave"}},
+	"invited once more":   {{"", "invite"}, {"@alice:domain", "leave"}, {"", "invite"}},
+	"knocking":            {{"@alice:domain", "knock"}},
+	"knock taken back":    {{"@alice:domain", "knock"}, {"@alice:domain", "leave"}},
+	"knock answered":      {{"@alice:domain", "knock"}, {"", "invite"}},
+	"knock refused":       {{"@alice:domain", "knock"}, {"", "leave"}},
+}
+
+// testSrvHistories tries make_* and send_* after every history, in every room version; allowed are the histories after
+// which the membership may follow.
+func testSrvHistories(t *testing.T, membership string, rules map[string]any, allowed func(v mxfed.RoomVersion, history string) bool) {
+	for _, v := range srvVersions {
+		for name, history := range srvHistories {
+			t.Run(name+", version "+string(v), func(t *testing.T) {
+				s := newSrvSite(t)
+				room := newSrvRoom(t, s, v, rules)
+				room.history(t, history...)
+				answers := map[string]int{}
+				s.reset()
+				answers["make"] = room.make(t, s.domain, membership, "@alice:domain", string(v)).Code
+				require.Zero(t, s.signing.made.Load())
+				s.take, _ = srvNotKept() // each endpoint finds the room as it was
+				pdu := room.memberOf("@alice:domain", membership).sign(t, v, s.domain)
+				for _, endpoint := range srvSends[membership] {
+					s.reset()
+					w := room.sendMember(t, s.domain, endpoint, pdu)
+					if answers[endpoint] = w.Code; w.Code != 200 {
+						s.requireRefused(t, w, 403, mxfed.ErrForbidden)
+					}
+				}
+				for endpoint, status := range answers {
+					require.Equal(t, map[bool]int{true: 200, false: 403}[allowed(v, name)], status, endpoint)
+				}
+			})
+		}
+	}
+}
+
+// testSrvChanges sends an event that was allowed when it was made, after the room has changed. It is refused by what the
+// room is now, and also if it names and follows only what was before.
+func testSrvChanges(t *testing.T, membership string, begin []srvMember, changes map[string]func(t *testing.T, r *srvRoom)) {
+	for name, change := range changes {
+		for _, v := range []mxfed.RoomVersion{"7", "10", "12"} {
+			for _, endpoint := range srvSends[membership] {
+				t.Run(name+", "+endpoint+", version "+string(v), func(t *testing.T) {
+					s := newSrvSite(t)
+					room := newSrvRoom(t, s, v, map[string]any{"join_rule": "knock"})
+					room.history(t, begin...)
+					early := room.memberOf("@alice:domain", membership)
+					change(t, room)
+					late := room.memberOf("@alice:domain", membership)
+					hidden := late.with("auth_events", early["auth_events"])
+					for _, p := range []srvPDU{early, late, hidden, late.with("prev_events", early["prev_events"])} {
+						s.reset()
+						s.requireRefused(t, room.sendMember(t, s.domain, endpoint, p.sign(t, v, s.domain)), 403, mxfed.ErrForbidden)
+					}
+				})
+			}
+		}
+	}
+}
+
+// MarshalJSON of each template is what goes over the wire.
+func TestMake_Wire(t *testing.T) {
+	event := json.RawMessage(`{"type":"m.room.member"}`)
+	for _, r := range []any{&mxfed.MakeJoinResponse{Version: "10", Event: event}, &mxfed.MakeLeaveResponse{Version: "10", Event: event},
+		&mxfed.MakeKnockResponse{Version: "10", Event: event}} {
+		text, err := json.Marshal(r)
+		require.NoError(t, err)
+		require.JSONEq(t, `{"room_version":"10","event":{"type":"m.room.member"}}`, string(text))
+	}
+}
