@@ -141,7 +141,7 @@ func (s *story) start(name mxfed.ServerName, seed byte) (*memhost.Host, error) {
 	if err != nil {
 		return nil, err
 	}
-	return host, s.internet.Serve(name, mxfed.NewHandler(host.Server, mxfed.Hosts{Invite: host, Join: host, Leave: host, Knock: host}))
+	return host, s.internet.Serve(name, mxfed.NewHandler(host.Server, host.Hosts()))
 }
 
 func (s *story) now() time.Time {

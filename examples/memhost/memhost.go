@@ -1,14 +1,14 @@
 // Package memhost is a host of maps: what mxfed leaves to the program around it, over rooms held in memory. It is meant to
 // be read before writing a host with a database, and serves tests as the other side.
 //
-// What a host has to do is in four methods. Room states facts of a room. Invited stores an invite. AcceptJoin stores a
-// join, and Accept a leave or knock, in one critical section that reads the facts again. They are in memhost.go. users.go
-// is what a program does for its own users, and room.go how a room is kept.
+// What a host has to do is in memhost.go. Room states facts of a room. Invited stores an invite. AcceptJoin stores a join,
+// and Accept a leave or knock, in one critical section that reads the facts again. EventsByID and StateIDs let other servers
+// read. users.go is what a program does for its own users, and room.go how a room is kept.
 //
-// Four things are simpler than in a real host. Rooms are gone when the program ends, and their IDs are counted, not drawn
+// Five things are simpler than in a real host. Rooms are gone when the program ends, and their IDs are counted, not drawn
 // at random. Where branches of a room meet, the state that was accepted last wins, in place of state resolution. Nothing
 // is sent on to the other servers of a room: a real host would queue each event for them in the transaction that stores
-// it. And the first user of a server stands for all when it lets others in.
+// it. The first user of a server stands for all when it lets others in. And history is visible to all servers of a room.
 package memhost
 
 import (
@@ -40,6 +40,11 @@ func New(cfg mxfed.Config) (h *Host, err error) {
 	return h, err
 }
 
+// Hosts offers all that the host can do.
+func (h *Host) Hosts() mxfed.Hosts {
+	return mxfed.Hosts{Invite: h, Join: h, Leave: h, Knock: h, Events: h}
+}
+
 // Room implements mxfed.RoomSource.
 func (h *Host) Room(_ context.Context, id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) {
 	h.mu.Lock()
@@ -58,6 +63,9 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 		Joined: make(map[mxfed.RoomID]bool), Present: servers(r.state)}
 	if prev := r.find(ask.Prev); len(prev) == len(ask.Prev) && !slices.ContainsFunc(prev, (*entry).outside) {
 		now.Before = events(r.after(prev))
+	}
+	for _, name := range ask.Servers {
+		now.Present[name] = now.Present[name] // false is an answer too
 	}
 	for _, id := range ask.Allow {
 		if other := h.rooms[id]; other != nil && other.speaks(ask.To) {
@@ -111,4 +119,26 @@ func (h *Host) accept(m *mxfed.Membership) (*room, *entry, error) {
 	}
 	r := h.rooms[m.Event.RoomID()]
 	return r, r.add(m.Event, r.find(m.Event.Prev())), nil
+}
+
+// EventsByID implements mxfed.EventHost. Whoever is in a room may see all of it.
+func (h *Host) EventsByID(_ context.Context, _ mxfed.ServerName, ids []mxfed.EventID) (found []*mxfed.Event, _ error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for _, r := range h.rooms {
+		found = append(found, events(r.find(ids))...)
+	}
+	return found, nil
+}
+
+// StateIDs implements mxfed.EventHost.
+func (h *Host) StateIDs(_ context.Context, id mxfed.RoomID, event mxfed.EventID) (state, auth []mxfed.EventID, _ error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	r := h.rooms[id]
+	if r == nil || r.index[event] == nil || r.index[event].outside() {
+		return nil, nil, mxfed.ErrNotFound
+	}
+	before := r.after(r.index[event].prev)
+	return ids(before), ids(r.authChain(before)), nil
 }

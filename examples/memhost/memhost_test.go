@@ -39,8 +39,7 @@ func newWorld(t *testing.T, allow func(context.Context, *mxfed.Request) error) w
 	for _, user := range []mxfed.UserID{alice, bob, carol} {
 		host, err := memhost.New(mxfed.Config{Signers: []*mxfed.Signer{signer(t, user.Server())}, HTTP: network.Transport, Allow: allow})
 		require.NoError(t, err)
-		offered := mxfed.Hosts{Invite: host, Join: host, Leave: host, Knock: host}
-		require.NoError(t, network.Serve(user.Server(), mxfed.NewHandler(host.Server, offered)))
+		require.NoError(t, network.Serve(user.Server(), mxfed.NewHandler(host.Server, host.Hosts())))
 		hosts = append(hosts, host)
 	}
 	return world{network, hosts[0], hosts[1], hosts[2]}
@@ -238,6 +237,15 @@ func TestOmitMembers(t *testing.T) {
 	require.Empty(t, membership(t, w.c, room, bob))
 	_, err = w.b.Join(t.Context(), through(room, "@bill:b.example", carol))
 	require.ErrorIs(t, err, mxfed.ErrNotFound, "c.example does not know who is in the room")
+	named, err := w.c.Send(t.Context(), in(room, carol, memhost.State("m.room.topic", "", `{"topic":"x"}`)))
+	require.ErrorIs(t, err, mxfed.ErrForbidden, "%v", named)
+
+	_, err = w.c.Complete(t.Context(), result)
+	require.NoError(t, err)
+	require.Equal(t, "join", membership(t, w.c, room, bob))
+	require.Equal(t, "join", membership(t, w.c, room, carol))
+	_, err = w.b.Join(t.Context(), through(room, "@bill:b.example", carol))
+	require.NoError(t, err)
 }
 
 // TestBranches lets two joins meet that know nothing of each other.

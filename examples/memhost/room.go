@@ -23,6 +23,15 @@ type entry struct {
 	prev  []*entry // what the event was built on
 }
 
+// enter puts the first join of this server at the end of the state before it, as another server has told it.
+func (r *room) enter(join *mxfed.Event, state, auth []*mxfed.Event) {
+	before := make([]*entry, 0, len(state)+len(auth))
+	for _, e := range slices.Concat(state, auth) {
+		before = append(before, r.add(e, nil))
+	}
+	r.add(join, before[:len(state)])
+}
+
 // joined is whom the event makes a member of the room.
 func (e *entry) joined() mxfed.UserID {
 	if e.Membership() != "join" {
@@ -101,6 +110,14 @@ func events(entries []*entry) []*mxfed.Event {
 	list := make([]*mxfed.Event, len(entries))
 	for i, e := range entries {
 		list[i] = e.Event
+	}
+	return list
+}
+
+func ids(entries []*entry) []mxfed.EventID {
+	list := make([]mxfed.EventID, len(entries))
+	for i, e := range entries {
+		list[i] = e.ID()
 	}
 	return list
 }

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"slices"
 
 	"example.org/mxfed"
 )
@@ -22,10 +21,11 @@ func State(typ, key, content string) *mxfed.Draft {
 // State("m.room.join_rules", "", `{"join_rule":"public"}`). Without join rules only invited users can join; without power
 // levels the creator has all power.
 func (h *Host) CreateRoom(ctx context.Context, v mxfed.RoomVersion, creator mxfed.UserID, state ...*mxfed.Draft) (mxfed.RoomID, error) {
-	create := State("m.room.create", "", fmt.Sprintf(`{"creator":%q}`, creator)) // versions 11 and 12 ignore it
+	n := h.created.Add(1)
+	create := State("m.room.create", "", fmt.Sprintf(`{"creator":%q,"example.number":%d}`, creator, n)) // 11 and 12 ignore creator
 	create.Version, create.Sender = v, creator
-	if v != "12" { // there the event's hash is the room's ID
-		create.Room = mxfed.RoomID(fmt.Sprintf("!%d:%s", h.created.Add(1), creator.Server()))
+	if v != "12" { // there the event's hash is the room's ID, so the number is in the event
+		create.Room = mxfed.RoomID(fmt.Sprintf("!%d:%s", n, creator.Server()))
 	}
 	e, err := h.Send(ctx, create)
 	state = append([]*mxfed.Draft{State("m.room.member", string(creator), `{"membership":"join"}`)}, state...)
@@ -76,12 +76,31 @@ func (h *Host) Join(ctx context.Context, req *mxfed.JoinRequest) (*mxfed.JoinRes
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	r := h.room(result.Event)
-	before := make([]*entry, 0, len(result.State)+len(result.Auth))
-	for _, e := range slices.Concat(result.State, result.Auth) {
-		before = append(before, r.add(e, nil))
-	}
-	r.add(result.Event, before[:len(result.State)])
+	r.enter(result.Event, result.State, result.Auth)
 	r.partial = len(result.Servers) > 0
+	return result, nil
+}
+
+// Complete fetches what a join with JoinRequest.OmitMembers has left out. Only then does this server speak for the room.
+func (h *Host) Complete(ctx context.Context, joined *mxfed.JoinResult) (*mxfed.StateResult, error) {
+	req := &mxfed.StateRequest{Event: joined.Event, Via: append([]mxfed.ServerName{joined.Via}, joined.Servers...)}
+	result, err := h.Server.Client().FetchState(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	old := h.rooms[joined.Event.RoomID()]
+	delete(h.rooms, joined.Event.RoomID())
+	r := h.room(joined.Event)
+	r.enter(joined.Event, result.State, result.Auth)
+	for _, e := range old.log { // what has happened since
+		if e.outside() {
+			r.add(e.Event, nil)
+		} else {
+			r.add(e.Event, r.find(e.Prev()))
+		}
+	}
 	return result, nil
 }
 
