@@ -296,7 +296,9 @@ func (r *Resolver) connect(ctx context.Context, config *tls.Config, name, host, 
 	ctx, cancel := context.WithTimeout(ctx, connectTimeout)
 	defer cancel()
 	if ip, err := netip.ParseAddr(host); err != nil {
-		host = rooted(host)
+		if strings.Contains(host, ".") { // names of one label, such as localhost, are those of the machine's own list
+			host = rooted(host)
+		}
 	} else if err := r.judge(ip); err != nil { // as it was written: a dialer turns IPv4-mapped addresses into IPv4
 		return nil, err
 	}

@@ -597,3 +597,12 @@ func TestResolver_ErrorsTellWhatWasTried(t *testing.T) {
 	require.ErrorContains(t, err, "mxfed: reach nowhere.example (well-known: ")
 	require.ErrorContains(t, err, "no such host")
 }
+
+// TestResolver_HostsFile: every machine has localhost in its own list of names; nobody is asked for it.
+func TestResolver_HostsFile(t *testing.T) {
+	n := mxfed.NewDiscoveryNet(t)
+	s := n.Serve(nil, "localhost")
+	_, err := n.Get("https://localhost:" + s.Port + "/")
+	require.NoError(t, err)
+	require.Len(t, s.Seen(), 1)
+}
