@@ -17,8 +17,8 @@ func (c *Client) Join(ctx context.Context, req *JoinRequest) (*JoinResult, error
 	if err != nil {
 		return nil, err
 	}
-	if c.signer(req.User.Server()) == nil || !req.User.valid() {
-		return nil, refuse(ErrInvalidParam, "%q is no user of this server", req.User)
+	if _, err := c.signerOf(req.User); err != nil {
+		return nil, err
 	}
 	servers, errs := c.candidates(req.Via)
 	for _, via := range servers {

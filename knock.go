@@ -107,6 +107,9 @@ func (c *Client) Knock(ctx context.Context, req *KnockRequest) (*KnockResult, er
 	if err != nil {
 		return nil, err
 	}
+	if _, err := c.signerOf(req.User); err != nil {
+		return nil, err
+	}
 	servers, errs := c.candidates(req.Via)
 	for _, via := range servers {
 		result, err := c.knock(ctx, via, newMemberDraft(req.Room, req.User, "knock"), content)
@@ -126,12 +129,9 @@ func (c *Client) Knock(ctx context.Context, req *KnockRequest) (*KnockResult, er
 
 // knock knocks through one server.
 func (c *Client) knock(ctx context.Context, via ServerName, d *draft, content value) (*KnockResult, error) {
-	event, t, err := c.memberEvent(ctx, via, d, content)
+	event, _, err := c.memberEvent(ctx, via, d, content)
 	if err != nil {
 		return nil, err
-	}
-	if t.Version == "" { // rooms that know knocks are younger than room versions
-		return nil, c.malformed(via, "make_knock", errors.New("room_version is missing"))
 	}
 	shown, err := c.SendKnock(ctx, via, &SendKnockRequest{Event: event})
 	if err != nil {

@@ -81,7 +81,7 @@ type LeaveRequest struct {
 func (inv *Invite) Rejection() *LeaveRequest {
 	via := []ServerName{inv.Origin}
 	for _, s := range inv.State {
-		if name := s.Sender.Server(); !slices.Contains(via, name) && len(via) < maxLeaveServers {
+		if name := s.Sender.Server(); name != inv.To && !slices.Contains(via, name) && len(via) < maxLeaveServers {
 			via = append(via, name)
 		}
 	}
@@ -121,8 +121,8 @@ func (c *Client) Leave(ctx context.Context, req *LeaveRequest) (*Event, error) {
 	if err != nil {
 		return nil, err
 	}
-	if c.signer(req.User.Server()) == nil || !req.User.valid() {
-		return nil, refuse(ErrInvalidParam, "%q is no user of this server", req.User)
+	if _, err := c.signerOf(req.User); err != nil {
+		return nil, err
 	}
 	servers, errs := c.candidates(req.Via)
 	for _, via := range servers[:min(len(servers), maxLeaveServers)] {

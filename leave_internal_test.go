@@ -341,6 +341,11 @@ func TestKnock_Honest(t *testing.T) {
 		n := newMemberNet(t, v, "knock")
 		n.taken = `{"knock_room_state":` + string(texts([]*Event{n.room.entry(typeCreate, ""), n.room.entry(typeJoinRules, "")})) + `}`
 		result, err := n.knock(t, func(r *KnockRequest) { r.Content = []byte(`{"reason":"tea","membership":"join","displayname":"Bob"}`) })
+		if !v.rules().knock { // https://spec.matrix.org/v1.19/rooms/v7/
+			require.ErrorContains(t, err, "do not know knocks")
+			require.Len(t, n.asked, 1)
+			continue
+		}
 		require.NoError(t, err)
 		require.Equal(t, []string{"v1 make_knock r.example", "v1 send_knock r.example"}, n.asked)
 		require.Equal(t, n.bodies[1], result.Event.text)

@@ -288,16 +288,24 @@ func (s *Server) sendVersions() []string {
 
 // memberCall is the request that sends a finished event by which a local user changes their own membership.
 func (c *Client) memberCall(to ServerName, version, membership string, e *Event) (*call, error) {
-	if e == nil || e.typ != typeMember || e.membership != membership {
-		return nil, refuse(ErrInvalidParam, "event is no %s", membership)
+	if e == nil || e.membership != membership || !e.is(typeMember, string(e.sender)) {
+		return nil, refuse(ErrInvalidParam, "event is no %s of its sender", membership)
 	}
-	signer := c.signer(e.sender.Server())
-	if signer == nil {
-		return nil, refuse(ErrInvalidParam, "%s is no user of this server", e.sender)
+	signer, err := c.signerOf(e.sender)
+	if err != nil {
+		return nil, err
 	}
 	endpoint := "send_" + membership
 	return &call{from: signer, to: to, endpoint: endpoint, method: http.MethodPut, body: e.text,
 		uri: federationURI(version, endpoint, string(e.room), string(e.id))}, nil
+}
+
+// signerOf is the signer of a local user's server.
+func (c *Client) signerOf(user UserID) (*Signer, error) {
+	if signer := c.signer(user.Server()); signer != nil && user.valid() {
+		return signer, nil
+	}
+	return nil, refuse(ErrInvalidParam, "%q is no user of this server", user)
 }
 
 // candidates are those of via that can be asked: other servers, each once. Names that are none come as errors: such lists

@@ -2,7 +2,6 @@ package mxfed_test
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -309,16 +308,5 @@ func testSrvChanges(t *testing.T, membership string, begin []srvMember, changes 
 				})
 			}
 		}
-	}
-}
-
-// MarshalJSON of each template is what goes over the wire.
-func TestMake_Wire(t *testing.T) {
-	event := json.RawMessage(`{"type":"m.room.member"}`)
-	for _, r := range []any{&mxfed.MakeJoinResponse{Version: "10", Event: event}, &mxfed.MakeLeaveResponse{Version: "10", Event: event},
-		&mxfed.MakeKnockResponse{Version: "10", Event: event}} {
-		text, err := json.Marshal(r)
-		require.NoError(t, err)
-		require.JSONEq(t, `{"room_version":"10","event":{"type":"m.room.member"}}`, string(text))
 	}
 }

@@ -29,7 +29,7 @@ type Config struct {
 	// Allow is asked about every authenticated request before any other work, for rate limits and block lists: an error
 	// refuses the request, and an ErrorCode or Error in it decides the answer. Nil admits all.
 	Allow func(ctx context.Context, r *Request) error
-	// NoV1 neither serves nor falls back to version 1 of send_join, which the specification has dropped.
+	// NoV1 neither serves nor falls back to version 1 of send_join and send_leave, which the specification has dropped.
 	NoV1 bool
 	// MaxRequest bounds the body of a request, in bytes; 0: 2 MiB. MaxAnswer bounds an answer to send_join or state; 0: 512 MiB.
 	MaxRequest, MaxAnswer int64

@@ -105,9 +105,9 @@ func (c *Client) memberEvent(ctx context.Context, to ServerName, d *draft, conte
 
 // askTemplate asks a server for the template of d, as the server of d's sender, and completes d by it.
 func (c *Client) askTemplate(ctx context.Context, to ServerName, d *draft) (*template, *draft, *roomRules, error) {
-	signer := c.signer(d.sender.Server())
-	if signer == nil || !d.sender.valid() {
-		return nil, nil, nil, refuse(ErrInvalidParam, "%q is no user of this server", d.sender)
+	signer, err := c.signerOf(d.sender)
+	if err != nil {
+		return nil, nil, nil, err
 	}
 	membership, _ := d.content.get("membership").str()
 	q := &call{from: signer, to: to, endpoint: "make_" + membership, method: http.MethodGet}
@@ -152,6 +152,9 @@ func (c *Client) readTemplate(t *template, d *draft, to ServerName) (*draft, *ro
 	rules := c.offers(version)
 	if rules == nil {
 		return nil, nil, incompatible(version)
+	}
+	if d.content.get("membership") == `"knock"` && !rules.knock { // nor do servers that name no version
+		return nil, nil, fmt.Errorf("rooms of version %s do not know knocks", version)
 	}
 	if !d.room.fits(rules) {
 		return nil, nil, fmt.Errorf("room version %s has no such room IDs", version)
