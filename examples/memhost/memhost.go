@@ -60,12 +60,13 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 		return nil, mxfed.ErrNotFound
 	}
 	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(r.state), Events: events(r.find(ask.Events)),
-		Joined: make(map[mxfed.RoomID]bool), Present: servers(r.state)}
+		Joined: make(map[mxfed.RoomID]bool), Present: make(map[mxfed.ServerName]bool)}
+	here := servers(r.state)
+	for _, name := range ask.Servers {
+		now.Present[name] = here[name] // false is an answer too
+	}
 	if prev := r.find(ask.Prev); len(prev) == len(ask.Prev) && !slices.ContainsFunc(prev, (*entry).outside) {
 		now.Before = events(r.after(prev))
-	}
-	for _, name := range ask.Servers {
-		now.Present[name] = now.Present[name] // false is an answer too
 	}
 	for _, id := range ask.Allow {
 		if other := h.rooms[id]; other != nil && other.speaks(ask.To) {
