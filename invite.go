@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -17,7 +18,14 @@ type InviteRequest struct {
 }
 
 // MarshalJSON returns the body of version 2.
-func (r *InviteRequest) MarshalJSON() ([]byte, error) { return []byte(r.v2()), nil }
+func (r *InviteRequest) MarshalJSON() ([]byte, error) {
+	if r.Event == nil {
+		return nil, errNoEventGiven
+	}
+	return []byte(r.v2()), nil
+}
+
+var errNoEventGiven = errors.New("mxfed: Event is nil")
 
 func (r *InviteRequest) v2() value {
 	return object(field{"room_version", quoted(r.Event.Version())}, field{"event", r.Event.text}, field{"invite_room_state", texts(r.State)})
@@ -44,9 +52,11 @@ func (r *InviteRequest) v1() value {
 }
 
 func texts(events []*Event) value {
-	list := make([]value, len(events))
-	for i, e := range events {
-		list[i] = e.text
+	list := make([]value, 0, len(events))
+	for _, e := range events {
+		if e != nil {
+			list = append(list, e.text)
+		}
 	}
 	return array(list...)
 }
@@ -58,6 +68,9 @@ type InviteResponse struct {
 
 // MarshalJSON returns the answer of version 2.
 func (r *InviteResponse) MarshalJSON() ([]byte, error) {
+	if r.Event == nil {
+		return nil, errNoEventGiven
+	}
 	return []byte(object(field{"event", r.Event.text})), nil
 }
 
@@ -330,8 +343,8 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 
 // InviteUser builds an invite of user by the local user sender into a room of Config.Rooms, checks that the room allows
 // it, and has the user's server sign it; a user of an own name is signed for without a call. If the room has a policy
-// server, that one signs first: what it refuses reaches nobody. The host stores the event and sends it to the room's
-// servers. content may hold displayname, reason and the like; membership is set here. What the room's rules or its policy
+// server, that one signs first: what it refuses reaches nobody. The host stores the event, after Membership{Event: e}.Check in its
+// transaction, as other servers were asked meanwhile, and sends it to the room's servers. content may hold displayname, reason and the like; membership is set here. What the room's rules or its policy
 // server forbid is ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#inviting-to-a-room
 func (c *Client) InviteUser(ctx context.Context, room RoomID, sender, user UserID, content json.RawMessage) (*Event, error) {
 	if !user.valid() {

@@ -196,7 +196,7 @@ func (t *joinTry) completeAuth(ctx context.Context, check *joinCheck, join *Even
 	for _, id := range join.refs[join.prevs:] {
 		check.visit(check.graph[id])
 	}
-	return nil
+	return check.checkCreate() // what was fetched may hold another one
 }
 
 // maxCompletions bounds the events that are fetched one by one to complete an answer.

@@ -38,6 +38,9 @@ func (f MemberHostFunc) Accept(ctx context.Context, m *Membership) error { retur
 // Check repeats the room's checks on facts read again. It does no I/O, so a host calls it inside the transaction that
 // stores the event, with the answer to m.Ask as of then: a join that has become forbidden meanwhile is refused, and no
 // retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error.
+//
+// It is fit for events of any type and origin that a host takes from elsewhere, as Membership{Event: e}, after
+// Server.Verify, which alone tells whether the server of a restricted join's authoriser has signed.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (m *Membership) Check(now *Room) error {
 	if now == nil {
@@ -49,6 +52,10 @@ func (m *Membership) Check(now *Room) error {
 	}
 	if err := now.checkACL(m.Ask.Origin); err != nil {
 		return err
+	}
+	foreign := func(f *Event) bool { return f != nil && f.room != e.room }
+	if slices.ContainsFunc(slices.Concat(now.State, now.Before), foreign) {
+		return refuse(ErrForbidden, "event is built on events of another room")
 	}
 	if known := findEvent(now.Events, e.id); known != nil {
 		if known.hash != e.hash { // possible where IDs are given, not computed
@@ -80,7 +87,19 @@ func (m *Membership) Check(now *Room) error {
 	if err := m.checkRestricted(now); err != nil {
 		return err
 	}
-	return authorise(e, stateOf(now.State, create), true)
+	return authorise(e.notFirst(now), stateOf(now.State, create), true)
+}
+
+// notFirst hides, in a room that knows the user, that a join is built on the create event alone: the rule by which that lets
+// a room's creator in, whatever has happened since, is about the beginning of a room.
+// https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
+func (e *Event) notFirst(now *Room) *Event {
+	if e.membership != "join" || now.state(typeMember, e.stateKey) == nil {
+		return e
+	}
+	late := *e
+	late.refs, late.prevs = e.refs[e.prevs:], 0
+	return &late
 }
 
 func findEvent(events []*Event, id EventID) *Event {
@@ -262,7 +281,7 @@ func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer 
 	if err != nil {
 		return err
 	}
-	signed, err := approved{e}.sign(signer)
+	signed, err := approved{e.withoutOldSignatures(signer)}.sign(signer)
 	if err != nil {
 		return err
 	}
@@ -276,6 +295,21 @@ func (s *Server) approve(ctx context.Context, m *Membership, room *Room, signer 
 		return fmt.Errorf("signer of %s made a signature that does not verify", signer.name)
 	}
 	return nil
+}
+
+// withoutOldSignatures returns e without what came under the IDs of our old keys: if such a signature is wrong, the new one
+// beside it is void for others. https://spec.matrix.org/v1.19/server-server-api/#validating-hashes-and-signatures-on-received-events
+func (e *Event) withoutOldSignatures(s *Signer) *Event {
+	entries := e.signatures(s.name)
+	if !entries.isObject() || len(s.old) == 0 {
+		return e
+	}
+	for _, old := range s.old {
+		entries = entries.with(string(old.ID), "")
+	}
+	clean := *e
+	clean.text = e.text.with("signatures", e.text.get("signatures").with(string(s.name), entries))
+	return &clean
 }
 
 // sendVersions are the versions of send_join and send_leave that are served.

@@ -2,12 +2,16 @@ package mxfed_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
+	"golang.org/x/crypto/ed25519"
 
 	"example.org/mxfed"
 )
@@ -309,4 +313,125 @@ func testSrvChanges(t *testing.T, membership string, begin []srvMember, changes 
 			}
 		}
 	}
+}
+
+// The rule that lets a room's creator in at its beginning does not bring back one who has left or was banned since.
+// https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
+func TestMembershipCheck_FounderReturns(t *testing.T) {
+	for _, v := range srvVersions {
+		room := newSrvRoom(t, newSrvSite(t), v, map[string]any{"join_rule": "invite"})
+		create, rules := room.state[mxfed.StateKey{Type: "m.room.create"}], room.state[mxfed.StateKey{Type: "m.room.join_rules"}]
+		refs := srvRefs(v, create.ID())
+		first := room.joinOf(room.admin, "").with("prev_events", refs).with("auth_events", refs)
+		if v == "12" {
+			first["auth_events"] = []any{}
+		}
+		m := &mxfed.Membership{Event: srvEvent(t, v, first.sign(t, v, room.site.own))}
+		for membership, allowed := range map[string]bool{"ban": false, "leave": false, "invite": true, "join": true} {
+			member := room.pdu(room.admin, "m.room.member", room.admin, map[string]any{"membership": membership})
+			now := &mxfed.Room{Version: v, Events: []*mxfed.Event{create}, Before: []*mxfed.Event{create},
+				State: []*mxfed.Event{create, rules, srvEvent(t, v, member.sign(t, v, room.site.own))}}
+			if err := m.Check(now); allowed {
+				require.NoError(t, err, "%s %s", v, membership)
+			} else {
+				require.ErrorIs(t, err, mxfed.ErrForbidden, "%s %s", v, membership)
+			}
+		}
+	}
+}
+
+// A host that takes prev_events of another room for those of this one is not believed.
+func TestMembershipCheck_ForeignState(t *testing.T) {
+	for _, v := range []mxfed.RoomVersion{"8", "10", "12"} {
+		_, m, now := newSrvMembership(t, v)
+		other := newSrvRoom(t, newSrvSite(t), v, nil)
+		entry := other.pdu(other.admin, "m.room.topic", "", map[string]any{}).with("room_id", map[bool]string{false: "!other:us.example", true: "!" + strings.Repeat("B", 43)}[v == "12"])
+		foreign := srvEvent(t, v, entry.sign(t, v, other.site.own))
+		require.NoError(t, m.Check(now))
+		before := now.Before
+		now.Before = append(slices.Clone(before), foreign)
+		require.ErrorIs(t, m.Check(now), mxfed.ErrForbidden, v)
+		now.Before, now.State = before, append(slices.Clone(now.State), foreign)
+		require.ErrorIs(t, m.Check(now), mxfed.ErrForbidden, v)
+	}
+}
+
+// Whoever is said to authorise a member event must have signed it, wherever it comes from.
+// https://spec.matrix.org/v1.19/rooms/v8/#authorization-rules
+func TestVerify_Authoriser(t *testing.T) {
+	for _, v := range srvVersions {
+		s := newSrvSite(t)
+		room := newSrvRoom(t, s, v, nil)
+		for authoriser, signers := range map[string][]*srvPeer{room.admin: {s.domain, s.own}, s.third.user("x"): {s.domain, s.third}, "nobody": nil} {
+			join := room.joinOf("@alice:domain", "").with("content", map[string]any{"membership": "join", "join_authorised_via_users_server": authoriser})
+			errs := s.server.Verify(t.Context(), srvEvent(t, v, join.sign(t, v, s.domain)))
+			if srvRestricted(v) {
+				require.ErrorIs(t, errs[0], mxfed.ErrInvalidParam, "%s %s", v, authoriser)
+			} else {
+				require.NoError(t, errs[0], "%s %s", v, authoriser)
+			}
+			if signers != nil {
+				require.NoError(t, s.server.Verify(t.Context(), srvEvent(t, v, join.sign(t, v, signers...)))[0], "%s %s", v, authoriser)
+			}
+		}
+	}
+}
+
+// What came under the ID of an old key of ours would make our signature void for others if it is wrong.
+func TestSend_OldKeyOfOurs(t *testing.T) {
+	old := newSrvPeer(t, "old.example")
+	s := newSrvSite(t, func(cfg *mxfed.Config) {
+		signer, err := mxfed.NewSigner("us.example", "ed25519:k", newSrvPeer(t, "us.example").key,
+			mxfed.Key{ID: "ed25519:old", Public: old.key.Public().(ed25519.PublicKey), Expired: srvNow})
+		require.NoError(t, err)
+		cfg.Signers = []*mxfed.Signer{signer}
+	})
+	for _, v := range srvVersions {
+		room := newSrvRoom(t, s, v, nil)
+		forged := map[string]any{"us.example": map[string]any{"ed25519:old": strings.Repeat("A", 86), "ed25519:other": strings.Repeat("A", 86)}}
+		pdu := room.joinOf("@alice:domain", "").with("signatures", forged).sign(t, v, s.domain)
+		w := room.sendMember(t, s.domain, "v2/send_join", pdu)
+		require.Equal(t, 200, w.Code, "%s", w.Body)
+		signed := srvObject(t, w.Body.Bytes())["event"].(map[string]any)["signatures"].(map[string]any)["us.example"]
+		require.ElementsMatch(t, []string{"ed25519:k", "ed25519:other"}, slices.Collect(maps.Keys(signed.(map[string]any))), v)
+	}
+}
+
+// The create event is part of every auth chain, also where no event names it and the host leaves it out; it comes once.
+// https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
+func TestSendJoin_CreateInAuthChain(t *testing.T) {
+	for _, v := range srvVersions {
+		for _, given := range []int{0, 1, 2} {
+			s := newSrvSite(t)
+			room := newSrvRoom(t, s, v, nil)
+			create := room.state[mxfed.StateKey{Type: "m.room.create"}]
+			s.accept = func(context.Context, *mxfed.Membership) (*mxfed.SendJoinResponse, error) {
+				answer := &mxfed.SendJoinResponse{}
+				if given > 0 {
+					answer.Auth = srvSequence(slices.Repeat([]*mxfed.Event{create}, given-1), false)
+				}
+				return answer, nil
+			}
+			w := room.sendMember(t, s.domain, "v2/send_join", room.joinOf("@alice:domain", "").sign(t, v, s.domain))
+			require.Equal(t, 200, w.Code)
+			want := max(given-1, 0)
+			if v == "12" {
+				want = 1
+			}
+			require.Len(t, srvObject(t, w.Body.Bytes())["auth_chain"], want, "%s %d", v, given)
+		}
+	}
+}
+
+// What holds no event cannot be encoded, and says so.
+func TestInvite_MarshalNothing(t *testing.T) {
+	for _, m := range []json.Marshaler{&mxfed.InviteRequest{}, &mxfed.InviteResponse{}} {
+		_, err := m.MarshalJSON()
+		require.ErrorContains(t, err, "Event is nil")
+	}
+	room := newSrvRoom(t, newSrvSite(t), "10", nil)
+	e := room.state[mxfed.StateKey{Type: "m.room.create"}]
+	b, err := (&mxfed.InviteRequest{Event: e, State: []*mxfed.Event{nil, e}}).MarshalJSON()
+	require.NoError(t, err)
+	require.Len(t, srvObject(t, b)["invite_room_state"], 1)
 }

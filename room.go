@@ -15,7 +15,7 @@ type RoomQuery struct {
 	State []StateKey
 	// Prev are the prev_events of an event that is being checked: see Room.Before.
 	Prev []EventID
-	// Events are wanted in Room.Events: the auth_events of an event that is being checked, and that event itself.
+	// Events are wanted in Room.Events: the auth_events of an event that is being checked, and last that event itself.
 	Events []EventID
 	// User and Allow ask whether the user is joined to these rooms: see Room.Joined.
 	User  UserID
@@ -35,7 +35,8 @@ type Room struct {
 	State []*Event
 	// Before holds the same keys as they were after RoomQuery.Prev, resolved. Nil: some of Prev is not known here.
 	Before []*Event
-	// Events are those of RoomQuery.Events that this room has accepted; rejected ones are left out.
+	// Events are those of RoomQuery.Events that this room has accepted; rejected ones are left out. The event that is being
+	// checked is listed only if it is part of the room, and so not if it was soft-failed.
 	Events []*Event
 	// Joined tells of each room in RoomQuery.Allow whether the user is joined; no entry: this server is not in that room.
 	Joined map[RoomID]bool

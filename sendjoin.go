@@ -23,7 +23,8 @@ type SendJoinResponse struct {
 	// Event is the join with the resident server's signature. A host leaves it nil for the event as accepted; for a join
 	// that was accepted before it may return the stored copy.
 	Event *Event
-	// State is the state before the join, Auth the auth chains of the join and of State. A sequence opens nothing before
+	// State is the state before the join, Auth the auth chains of the join and of State; the create event of a room whose
+	// events do not name it may be left out of Auth. A sequence opens nothing before
 	// it is ranged over, which happens once at most; an error ends it and the answer.
 	State, Auth iter.Seq2[[]byte, error]
 	// Servers have joined users. It is set exactly if member events were left out of State, as Membership.OmitMembers
@@ -56,7 +57,7 @@ func (f JoinHostFunc) AcceptJoin(ctx context.Context, m *Membership) (*SendJoinR
 // https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv2send_joinroomideventid
 func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 	serve := func(ctx context.Context, w http.ResponseWriter, in *incoming) error {
-		m, _, err := s.memberSent(ctx, in, "join")
+		m, room, err := s.memberSent(ctx, in, "join")
 		if err != nil {
 			return err
 		}
@@ -68,12 +69,35 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 		if answer == nil || len(answer.Servers) > 0 && !m.OmitMembers {
 			return errors.New("JoinHost left members out of an answer that was to have them, or gave none")
 		}
-		if answer.Event == nil {
-			answer.Event = m.Event
+		told := *answer // the host's own may be kept by it
+		if told.Event == nil {
+			told.Event = m.Event
 		}
-		return streamAnswer(ctx, w, func(b *bufio.Writer) error { return answer.encode(ctx, b, in.To, in.version) })
+		if create := room.state(typeCreate, ""); create != nil && m.Event.rules.hashRoomID {
+			told.Auth = withCreate(create, told.Auth)
+		}
+		return streamAnswer(ctx, w, func(b *bufio.Writer) error { return told.encode(ctx, b, in.To, in.version) })
 	}
 	return &endpoint{server: s, name: "send_join", method: http.MethodPut, versions: s.sendVersions(), params: 2, serve: serve}
+}
+
+// withCreate puts the create event before an auth chain, whether or not the host has. Events of these room versions depend
+// on it without naming it among their auth_events. https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
+func withCreate(create *Event, chain iter.Seq2[[]byte, error]) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		text := create.JSON()
+		if !yield(text, nil) || chain == nil {
+			return
+		}
+		for pdu, err := range chain {
+			if err == nil && bytes.Equal(pdu, text) {
+				continue
+			}
+			if !yield(pdu, err) {
+				return
+			}
+		}
+	}
 }
 
 // streamAnswer writes an answer of any size. An error before anything was sent is returned; afterwards the answer is left

@@ -112,7 +112,8 @@ func (s *Server) Client() *Client { return s.client }
 
 // Build completes an event of a local user from the facts of Config.Rooms, authorises it by the room's rules and signs it.
 // It is the only way to sign an event of one's own; storing it and sending it to the room's servers is up to the host. An
-// event that the room does not allow is ErrForbidden. The room's policy server, if it has one, is asked to sign too: an event
+// event that the room does not allow is ErrForbidden; whether a restricted room's conditions let a user of one's own in is
+// for the host to look at, who names the authorising user in the content. The room's policy server, if it has one, is asked to sign too: an event
 // that it refuses, or cannot be asked about, is not returned. https://spec.matrix.org/v1.19/server-server-api/#signing-events
 func (s *Server) Build(ctx context.Context, d *Draft) (*Event, error) {
 	event, _, err := s.client.build(ctx, d)
@@ -120,7 +121,8 @@ func (s *Server) Build(ctx context.Context, d *Draft) (*Event, error) {
 }
 
 // Verify checks content hashes and signatures of events from anywhere, for a host's own /send or backfill: nil stands for
-// an event that is genuine. All keys are fetched together and all cores check. Authorisation is not looked at.
+// an event that is genuine. A member event that says who authorises it needs the signature of that user's server too. All
+// keys are fetched together and all cores check. Authorisation is not looked at otherwise.
 // https://spec.matrix.org/v1.19/server-server-api/#validating-hashes-and-signatures-on-received-events
 func (s *Server) Verify(ctx context.Context, events ...*Event) []error {
 	errs := make([]error, len(events))
@@ -140,6 +142,8 @@ func (s *Server) Verify(ctx context.Context, events ...*Event) []error {
 				errs[i] = v.err
 			case v.event != events[i]:
 				errs[i] = refuse(ErrInvalidParam, "event %s: content hash is wrong", events[i].id)
+			case events[i].rules.restricted && events[i].authoriser != "" && !v.authorised:
+				errs[i] = refuse(ErrInvalidParam, "event %s: the server of the user who authorises it has not signed", events[i].id)
 			}
 			verdicts = verdicts[1:]
 		}

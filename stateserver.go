@@ -22,7 +22,8 @@ type EventHost interface {
 	// most. Those that origin may not see, by the room's history visibility, are left out as well; an empty origin may see
 	// all of them: then they are state or authorise state, which is open to every server that is in the room.
 	EventsByID(ctx context.Context, origin ServerName, ids []EventID) ([]*Event, error)
-	// StateIDs returns the state of a room before one of its events, and the auth chain of that state, each ID once.
+	// StateIDs returns the state of a room before one of its events, and the auth chain of that state, each ID once. The
+	// create event of a room whose events do not name it may be left out of the chain.
 	// ErrNotFound: that state is not known.
 	StateIDs(ctx context.Context, room RoomID, event EventID) (state, auth []EventID, err error)
 }
@@ -81,14 +82,27 @@ func (s *Server) stateIDs(ctx context.Context, host EventHost, in *incoming) (st
 	if id == "" {
 		return nil, nil, refuse(ErrMissingParam, "event_id is missing")
 	}
-	if _, err := s.readable(ctx, in, in.room(), id); err != nil {
+	e, err := s.readable(ctx, in, in.room(), id)
+	if err != nil {
 		return nil, nil, err
 	}
 	state, auth, err = host.StateIDs(ctx, in.room(), id)
 	if err != nil && answerTo(err).Code == ErrNotFound {
 		err = errNoEvent(err)
 	}
+	if create := e.impliedCreate(); create != "" && err == nil && !slices.Contains(auth, create) {
+		auth = append([]EventID{create}, auth...)
+	}
 	return state, auth, err
+}
+
+// impliedCreate is the create event on which e depends without naming it among its auth_events, empty if it names it.
+// https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
+func (e *Event) impliedCreate() EventID {
+	if !e.rules.hashRoomID || e.typ == typeCreate {
+		return ""
+	}
+	return EventID("$" + e.room[1:])
 }
 
 // readable demands that the asking server is in the room at this moment and not shut out of it, and returns the event of
@@ -220,8 +234,8 @@ func authChain(ctx context.Context, host EventHost, e *Event) iter.Seq2[[]byte, 
 				}
 			}
 		}
-		if add(e.Auth()); e.rules.hashRoomID && e.typ != typeCreate { // no event names its create event, but all depend on it
-			add([]EventID{EventID("$" + e.room[1:])})
+		if add(e.Auth()); e.impliedCreate() != "" {
+			add([]EventID{e.impliedCreate()})
 		}
 		for len(todo) > 0 {
 			batch := todo[:min(len(todo), eventBatch)]

@@ -144,6 +144,9 @@ func TestState_Served(t *testing.T) {
 		require.NoError(t, err)
 		require.Len(t, state, 5)
 		require.NotContains(t, state, join.ID(), "the state before the event")
+		if v == "12" { // there the create event is not named by others
+			auth = append([]mxfed.EventID{room.state[mxfed.StateKey{Type: "m.room.create"}].ID()}, auth...)
+		}
 		require.Equal(t, []any{state, auth}, []any{statePDUs(t, v, answers["state"]["pdus"]), statePDUs(t, v, answers["state"]["auth_chain"])})
 		require.Len(t, answers["state"], 2)
 		require.Equal(t, []any{state, auth}, []any{stateStrings(answers["state_ids"]["pdu_ids"]), stateStrings(answers["state_ids"]["auth_chain_ids"])})

@@ -409,7 +409,7 @@ func (s *server) fetchAuth(ctx context.Context, origin mxfed.ServerName, e *mxfe
 			return err
 		}
 		for _, e := range chain {
-			auth, err := t.accepted(r, e.Auth())
+			auth, err := t.accepted(r, e.Auth(), "")
 			if err != nil {
 				return err
 			}
@@ -488,7 +488,7 @@ func (s *server) serveMissingEvents(r *http.Request, in *mxfed.Request) (any, er
 	}
 	var events []*mxfed.Event
 	err := s.readable(r, in, func(t *tx, room *room) error {
-		latest, err := t.accepted(room, body.Latest)
+		latest, err := t.accepted(room, body.Latest, "")
 		if err != nil {
 			return err
 		}

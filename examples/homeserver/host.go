@@ -49,7 +49,7 @@ func (t *tx) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (r *room, now *mxfed.Ro
 		now.Before, err = t.before(r, ask)
 	}
 	if err == nil && len(ask.Events) > 0 {
-		now.Events, err = t.accepted(r, ask.Events)
+		now.Events, err = t.accepted(r, ask.Events, ask.Events[len(ask.Events)-1])
 	}
 	for _, name := range ask.Servers {
 		if err == nil {

@@ -47,7 +47,13 @@ func (s *server) authIDs(ctx context.Context, group int64, more []mxfed.EventID,
 		}
 	}
 	list(more)
-	if err := s.eachEntry(ctx, group, members, func(e *entry) bool { list(e.auth); return true }); err != nil {
+	if err := s.eachEntry(ctx, group, members, func(e *entry) bool {
+		if e.key.Type == "m.room.create" { // from room version 12 on no event names it, but all depend on it
+			list([]mxfed.EventID{e.event})
+		}
+		list(e.auth)
+		return true
+	}); err != nil {
 		return nil, err
 	}
 	for next := 0; next < len(chain); {
@@ -95,13 +101,14 @@ func (t *tx) known(r *room, id mxfed.EventID) (e *mxfed.Event, before int64, err
 	return e, before, err
 }
 
-// accepted reads those of events that the room has accepted.
-func (t *tx) accepted(r *room, names []mxfed.EventID) (events []*mxfed.Event, err error) {
+// accepted reads those of events that the room has accepted. They may have been soft-failed, but for the one that is being
+// checked, which counts only if it is part of the room.
+func (t *tx) accepted(r *room, names []mxfed.EventID, checked mxfed.EventID) (events []*mxfed.Event, err error) {
 	var args []any
 	marks := in(&args, names)
-	args = append(args, r.id)
-	found, err := list[mxfed.EventID](t, fmt.Sprintf(`SELECT id FROM events WHERE id IN (%s) AND room = $%d AND status IN (%d, %d)`,
-		marks, len(args), statusAccepted, statusSoftFailed), args...)
+	args = append(args, r.id, checked)
+	found, err := list[mxfed.EventID](t, fmt.Sprintf(`SELECT id FROM events WHERE id IN (%s) AND room = $%d AND (status = %d OR status = %d AND id <> $%d)`,
+		marks, len(args)-1, statusAccepted, statusSoftFailed, len(args)), args...)
 	if err != nil {
 		return nil, err
 	}
@@ -311,9 +318,11 @@ func (s *server) stateAt(ctx context.Context, id mxfed.RoomID, after, at int64) 
 		if err != nil || now == 0 {
 			return err
 		}
-		old, err := t.groupAt(id, after)
-		if err != nil {
-			return err
+		var old int64
+		if after > 0 {
+			if old, err = t.groupAt(id, after); err != nil {
+				return err
+			}
 		}
 		if old == 0 {
 			events, err = t.wholeState(now)
@@ -335,7 +344,10 @@ func (s *server) stateAt(ctx context.Context, id mxfed.RoomID, after, at int64) 
 
 // groupAt is the current state of a room as of a position, 0 if this server was not in it.
 func (t *tx) groupAt(id mxfed.RoomID, position int64) (group int64, err error) {
-	_, err = t.row(`SELECT room_state FROM events WHERE room = $1 AND position <= $2 ORDER BY position DESC LIMIT 1`, []any{id, position}, &group)
+	found, err := t.row(`SELECT room_state FROM events WHERE room = $1 AND position <= $2 ORDER BY position DESC LIMIT 1`, []any{id, position}, &group)
+	if err == nil && !found { // the state that this server was told when it joined
+		_, err = t.row(`SELECT COALESCE(state_before, 0) FROM events WHERE room = $1 AND position > $2 ORDER BY position LIMIT 1`, []any{id, position}, &group)
+	}
 	return group, err
 }
 

@@ -92,7 +92,7 @@ func (t *tx) found(create *mxfed.Event) error {
 // allow it, and soft-failed if the current state does not. The error says why, or that the database failed.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (t *tx) judge(r *room, e *mxfed.Event, before state) (status int, err error) {
-	auth, err := t.accepted(r, e.Auth())
+	auth, err := t.accepted(r, e.Auth(), "")
 	if err != nil {
 		return 0, err
 	}

@@ -246,8 +246,8 @@ func (t *tx) stateAfter(r *room, events []mxfed.EventID) (s state, ok bool, err 
 	events = slices.Compact(slices.Sorted(slices.Values(events)))
 	var heads []int64
 	for events := range slices.Chunk(events, batch) {
-		var args []any
-		found, err := list[int64](t, `SELECT state_after FROM events WHERE state_after IS NOT NULL AND id IN (`+in(&args, events)+`)`, args...)
+		args := []any{r.id}
+		found, err := list[int64](t, `SELECT state_after FROM events WHERE room = $1 AND state_after IS NOT NULL AND id IN (`+in(&args, events)+`)`, args...)
 		if err != nil || len(found) < len(events) {
 			return state{}, false, err
 		}
