@@ -85,7 +85,7 @@ func (r *Resolver) CloseIdleConnections() {
 
 func (r *Resolver) setUp() {
 	r.federation = r.newTransport()
-	r.web = webTransport{r.newTransport()}
+	r.web = webTransport{r.newTransport(), r}
 	r.web.DisableKeepAlives = true // hosts are asked once a day
 	now := r.Now
 	if now == nil {
@@ -104,14 +104,13 @@ func (r *Resolver) Web() http.RoundTripper {
 
 // webTransport carries requests to the very host and port of their URL. A host must have the form of a server name, which
 // keeps out ports that do not exist.
-type webTransport struct{ attachedTransport }
+type webTransport struct {
+	attachedTransport
+	resolver *Resolver
+}
 
 func (t webTransport) RoundTrip(q *http.Request) (*http.Response, error) {
-	err := errors.New("a URL that is not https")
-	if q.URL != nil && q.URL.Scheme == "https" {
-		_, err = newRoute(ServerName(q.URL.Host))
-	}
-	if err != nil {
+	if _, err := t.resolver.start(q); err != nil {
 		if q.Body != nil {
 			q.Body.Close() // as every RoundTripper does
 		}
@@ -179,19 +178,7 @@ func (to *route) pool() string {
 // discover does the steps that come before SRV records; dial does the rest.
 // https://spec.matrix.org/v1.19/server-server-api/#resolving-server-names
 func (r *Resolver) discover(q *http.Request) (*route, error) {
-	if q.URL == nil || q.URL.Scheme != "https" {
-		return nil, errors.New("a URL that is not https")
-	}
-	if r.Base != nil && r.Base.Proxy != nil {
-		proxy, err := r.Base.Proxy(q)
-		if err != nil {
-			return nil, fmt.Errorf("%s: proxy: %w", q.URL.Host, err)
-		}
-		if proxy != nil {
-			return nil, fmt.Errorf("%s: Base.Proxy wants a proxy, which a Resolver cannot use", q.URL.Host)
-		}
-	}
-	to, err := newRoute(ServerName(q.URL.Host))
+	to, err := r.start(q)
 	if err != nil || to.lit || to.port != "" {
 		return to, err
 	}
@@ -209,6 +196,23 @@ func (r *Resolver) discover(q *http.Request) (*route, error) {
 	}
 	delegated.note = " (well-known: " + string(found.to) + ")"
 	return delegated, nil
+}
+
+// start is the route to the host and port that stand in the URL of a request that may be made at all.
+func (r *Resolver) start(q *http.Request) (*route, error) {
+	if q.URL == nil || q.URL.Scheme != "https" {
+		return nil, errors.New("a URL that is not https")
+	}
+	if r.Base != nil && r.Base.Proxy != nil {
+		proxy, err := r.Base.Proxy(q)
+		if err != nil {
+			return nil, fmt.Errorf("%s: proxy: %w", q.URL.Host, err)
+		}
+		if proxy != nil {
+			return nil, fmt.Errorf("%s: Base.Proxy wants a proxy, which a Resolver cannot use", q.URL.Host)
+		}
+	}
+	return newRoute(ServerName(q.URL.Host))
 }
 
 func newRoute(name ServerName) (*route, error) {

@@ -169,6 +169,11 @@ func TestResolver_ProxyIsRefused(t *testing.T) {
 	_, err := n.Get("https://example.org:" + s.Port + "/proxied")
 	require.ErrorContains(t, err, "proxy")
 	require.Zero(t, s.Conns())
+	q, err := http.NewRequest(http.MethodGet, "https://example.org:"+s.Port+"/proxied", nil)
+	require.NoError(t, err)
+	_, err = n.Resolver.Web().RoundTrip(q)
+	require.ErrorContains(t, err, "proxy")
+	require.Zero(t, s.Conns())
 	_, err = n.Get("https://example.org:" + s.Port + "/direct")
 	require.NoError(t, err)
 }
