@@ -175,40 +175,59 @@ func usable(k mxfed.Key, r gomatrixserverlib.VerifyJSONRequest) bool {
 }
 
 // ResolveState resolves the states of a room before several events into one, by the algorithm of the room version. auth are
-// the auth events of all entries, recursively; rejected tells which events the host has rejected, nil for none.
-func ResolveState(v mxfed.RoomVersion, states [][]*mxfed.Event, auth []*mxfed.Event, rejected func(mxfed.EventID) bool) ([]*mxfed.Event, error) {
-	known := make(map[string]*mxfed.Event)
+// the auth events of all entries, recursively, and from version 12 on the create event; rejected tells which events the host
+// has rejected, nil for none. An event that is part of several states is converted once. An error means that an event or the
+// room version is not gomatrixserverlib's, or that it gave up on what it was told.
+func ResolveState(v mxfed.RoomVersion, states [][]*mxfed.Event, auth []*mxfed.Event, rejected func(mxfed.EventID) bool) (resolved []*mxfed.Event, err error) {
+	if len(states) == 1 {
+		return states[0], nil
+	}
+	defer func() {
+		if p := recover(); p != nil { // servers of the room have a say in what is resolved: it must not end this one
+			resolved, err = nil, fmt.Errorf("gmslbridge: resolve state: %v", p)
+		}
+	}()
+	known := make(converted)
 	sets := make([][]gomatrixserverlib.PDU, len(states))
-	var err error
 	for i, state := range states {
-		if sets[i], err = pdus(state, known); err != nil {
+		if sets[i], err = known.pdus(state); err != nil {
 			return nil, err
 		}
 	}
-	chain, err := pdus(auth, known)
+	chain, err := known.pdus(auth)
 	if err != nil {
 		return nil, err
 	}
-	resolved, err := gomatrixserverlib.ResolveConflictsNew(gomatrixserverlib.RoomVersion(v), sets, chain, userID,
+	pdus, err := gomatrixserverlib.ResolveConflictsNew(gomatrixserverlib.RoomVersion(v), sets, chain, userID,
 		func(id string) bool { return rejected != nil && rejected(mxfed.EventID(id)) })
 	if err != nil {
 		return nil, fmt.Errorf("gmslbridge: resolve state: %w", err)
 	}
-	events := make([]*mxfed.Event, len(resolved))
-	for i, pdu := range resolved {
-		events[i] = known[pdu.EventID()]
+	for _, pdu := range pdus {
+		resolved = append(resolved, known[mxfed.EventID(pdu.EventID())].event)
 	}
-	return events, nil
+	return resolved, nil
 }
 
-func pdus(events []*mxfed.Event, known map[string]*mxfed.Event) ([]gomatrixserverlib.PDU, error) {
+// converted are events as both libraries know them.
+type converted map[mxfed.EventID]struct {
+	event *mxfed.Event
+	pdu   gomatrixserverlib.PDU
+}
+
+func (c converted) pdus(events []*mxfed.Event) ([]gomatrixserverlib.PDU, error) {
 	list := make([]gomatrixserverlib.PDU, len(events))
 	for i, e := range events {
-		pdu, err := PDU(e)
-		if err != nil {
-			return nil, err
+		both := c[e.ID()]
+		if both.pdu == nil {
+			pdu, err := PDU(e)
+			if err != nil {
+				return nil, err
+			}
+			both.event, both.pdu = e, pdu
+			c[e.ID()] = both
 		}
-		list[i], known[pdu.EventID()] = pdu, e
+		list[i] = both.pdu
 	}
 	return list, nil
 }

@@ -3,7 +3,10 @@ package gmslbridge_test
 import (
 	"context"
 	"crypto/ed25519"
+	"encoding/json"
 	"errors"
+	"maps"
+	"slices"
 	"testing"
 	"time"
 
@@ -183,19 +186,65 @@ func TestVerifier_ServesTheirLibrary(t *testing.T) {
 	}
 }
 
-func TestResolveState(t *testing.T) {
-	room := synthroom.New(30, 3, false)
-	state := parse(t, room.State)
-	resolved, err := gmslbridge.ResolveState(synthroom.Version, [][]*mxfed.Event{state[:20], append(state[:10:10], state[20:]...)}, state[:4], nil)
-	require.NoError(t, err)
-	ids := func(events []*mxfed.Event) (ids []mxfed.EventID) {
-		for _, e := range events {
-			ids = append(ids, e.ID())
-		}
-		return ids
+// branch is a host that knows one room, and nothing but its latest event and state.
+type branch []*mxfed.Event
+
+// Room implements mxfed.RoomSource.
+func (b branch) Room(context.Context, mxfed.RoomID, mxfed.RoomQuery) (*mxfed.Room, error) {
+	now := make(map[mxfed.StateKey]*mxfed.Event)
+	for _, e := range b {
+		key, _ := e.StateKey()
+		now[mxfed.StateKey{Type: e.Type(), Key: key}] = e
 	}
-	require.Subset(t, ids(resolved), ids(state[:10]), "what both states agree on stays")
-	require.Subset(t, ids(state), ids(resolved))
-	_, err = gmslbridge.ResolveState("unknown", [][]*mxfed.Event{state}, nil, nil)
-	require.Error(t, err)
+	return &mxfed.Room{Version: synthroom.Version, Latest: b[len(b)-1:], State: slices.Collect(maps.Values(now))}, nil
+}
+
+// and is b with one more event, which a user of the room has sent.
+func (b branch) and(t *testing.T, sender mxfed.UserID, typ, key, content string) branch {
+	t.Helper()
+	signer, err := mxfed.NewSigner(sender.Server(), "ed25519:1", synthroom.Key(string(sender.Server())))
+	require.NoError(t, err)
+	server, err := mxfed.NewServer(mxfed.Config{Signers: []*mxfed.Signer{signer}, Rooms: b})
+	require.NoError(t, err)
+	e, err := server.Build(t.Context(), &mxfed.Draft{Room: "!r:s0.example", Version: synthroom.Version, Type: typ, StateKey: &key,
+		Sender: sender, Content: json.RawMessage(content)})
+	require.NoError(t, err)
+	return append(b[:len(b):len(b)], e)
+}
+
+// TestResolveState lets a room fall apart: on one side bob, who may do so, sets the topic, on the other he is banned.
+func TestResolveState(t *testing.T) {
+	const alice, bob = "@alice:s0.example", "@bob:s1.example"
+	room := branch(nil).and(t, alice, "m.room.create", "", `{"creator":"@alice:s0.example","room_version":"10"}`).
+		and(t, alice, "m.room.member", alice, `{"membership":"join"}`).
+		and(t, alice, "m.room.power_levels", "", `{"users":{"@alice:s0.example":100,"@bob:s1.example":50}}`).
+		and(t, alice, "m.room.join_rules", "", `{"join_rule":"public"}`).
+		and(t, alice, "m.room.topic", "", `{"topic":"first"}`)
+	with := room.and(t, bob, "m.room.member", bob, `{"membership":"join"}`)
+	topic := with.and(t, bob, "m.room.topic", "", `{"topic":"second"}`)
+	ban := with.and(t, alice, "m.room.member", bob, `{"membership":"ban"}`)
+	last := func(b branch) *mxfed.Event { return b[len(b)-1] }
+	before := append(room[:4:4], last(with)) // but for the topic, which is in dispute
+	states := [][]*mxfed.Event{append(before, last(topic)), append(room[:5:5], last(ban))}
+	chain := append(before, last(room))
+
+	resolved, err := gmslbridge.ResolveState(synthroom.Version, states, chain, nil)
+	require.NoError(t, err)
+	require.ElementsMatch(t, append(room[:4:4], last(ban), last(room)), resolved, "the ban counts before the topic is judged")
+
+	var asked []mxfed.EventID
+	_, err = gmslbridge.ResolveState(synthroom.Version, states, chain, func(id mxfed.EventID) bool {
+		asked = append(asked, id)
+		return false
+	})
+	require.NoError(t, err)
+	require.Contains(t, asked, room[2].ID(), "the power levels decide about what came after them")
+
+	one, err := gmslbridge.ResolveState(synthroom.Version, states[:1], nil, nil)
+	require.NoError(t, err)
+	require.Equal(t, states[0], one)
+	_, err = gmslbridge.ResolveState("unknown", states, chain, nil)
+	require.ErrorContains(t, err, "unknown")
+	_, err = gmslbridge.ResolveState(synthroom.Version, nil, nil, nil)
+	require.ErrorContains(t, err, "gmslbridge: resolve state: ", "nothing ends the process")
 }
