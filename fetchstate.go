@@ -291,14 +291,18 @@ func (f *stateFetch) result(via ServerName, check *joinCheck) *StateResult {
 	return r
 }
 
-// idsForm is an answer to state_ids, maxIDsAnswer its limit in bytes.
+// idsForm is an answer to state_ids.
 var idsForm = answerForm{lists: map[string]string{"pdu_ids": listState, "auth_chain_ids": listAuth}}
 
-const maxIDsAnswer = 64 << 20
+// Limits of such an answer, in bytes and IDs: those of room versions 1 and 2 may be short, and each takes memory.
+const (
+	maxIDsAnswer = 64 << 20
+	maxIDs       = 1 << 20
+)
 
 // StateIDs asks one server for the state before an event of a room, and for its auth chain, by ID: so a host can tell how
-// much of it it has already. Nothing of the answer is proven but the form of the IDs; 64 MiB of it are read at most. from is
-// the own name that asks; empty is the first signer's.
+// much of it it has already. Nothing of the answer is proven but the form of the IDs; it is refused beyond 64 MiB or 1,048,576
+// IDs. from is the own name that asks; empty is the first signer's.
 // https://spec.matrix.org/v1.19/server-server-api/#get_matrixfederationv1state_idsroomid
 func (c *Client) StateIDs(ctx context.Context, from, to ServerName, room RoomID, event EventID) (state, auth []EventID, err error) {
 	signer, err := c.asking(from)
@@ -323,6 +327,8 @@ func (c *Client) StateIDs(ctx context.Context, from, to ServerName, room RoomID,
 		switch {
 		case !ok || !EventID(id).valid():
 			return fmt.Errorf("%.64q is no event ID", canonical)
+		case len(state)+len(auth) == maxIDs:
+			return errors.New("too many event IDs")
 		case list == listState:
 			state = append(state, EventID(id))
 		default:

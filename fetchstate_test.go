@@ -280,6 +280,13 @@ func TestStateIDs(t *testing.T) {
 		require.Nil(t, state)
 		require.Nil(t, auth)
 	}
+	body = `{"auth_chain_ids":["$a"],"pdu_ids":["$a"` + strings.Repeat(`,"$a"`, 1<<20-2) + `]}`
+	state, _, err := ask("")
+	require.NoError(t, err)
+	require.Len(t, state, 1<<20-1)
+	body = strings.TrimSuffix(body, "]}") + `,"$a"]}`
+	_, _, err = ask("")
+	require.ErrorContains(t, err, "too many event IDs")
 	_, _, err = ask("third.example")
 	require.ErrorContains(t, err, "no own name")
 }
