@@ -1,6 +1,7 @@
 package mxfed
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"net/http"
@@ -44,6 +45,7 @@ func (s *Server) makeJoin(ctx context.Context, in *incoming) (*template, error) 
 	d := newMemberDraft(in.room(), UserID(in.id()), "join")
 	if room.needsCondition(d.sender) {
 		ask.User, ask.Allow, ask.Local = d.sender, room.checkable(), true
+		ask.State = withKeys(ask.State, room.powerful(in.To)...)
 		if room, rules, err = readRoom(ctx, s.client.rooms, in.room(), ask); err != nil {
 			return nil, err
 		}
@@ -75,18 +77,43 @@ func (r *Room) authoriseJoin(d *draft, to ServerName) error {
 	if err := r.checkConditions(); err != nil {
 		return err
 	}
-	local := r.Local
-	if local == nil || !local.is(typeMember, local.stateKey) || UserID(local.stateKey).Server() != to {
-		return refuse(ErrUnableToGrantJoin, "no user of %s can authorise the join", to)
+	candidates := r.powerful(to)
+	if local := r.Local; local != nil && local.is(typeMember, local.stateKey) && UserID(local.stateKey).Server() == to {
+		if r.state(typeMember, local.stateKey) == nil {
+			r.State = append(slices.Clone(r.State), local)
+		}
+		candidates = append(candidates, StateKey{typeMember, local.stateKey})
 	}
-	if r.state(typeMember, local.stateKey) == nil {
-		r.State = append(slices.Clone(r.State), local)
+	for _, member := range candidates {
+		if mayInvite(r.state, UserID(member.Key)) {
+			d.content = d.content.with("join_authorised_via_users_server", quoted(member.Key))
+			return nil
+		}
 	}
-	if !mayInvite(r.state, UserID(local.stateKey)) {
-		return refuse(ErrUnableToGrantJoin, "no user of %s can authorise the join", to)
+	return refuse(ErrUnableToGrantJoin, "no user of %s can authorise the join", to)
+}
+
+// maxPowerful bounds how many users a host is asked about beside any of its own.
+const maxPowerful = 32
+
+// powerful are the member entries of those users of a server who have a power of their own, the mightiest first.
+func (r *Room) powerful(server ServerName) (members []StateKey) {
+	s, err := readState(r.state)
+	if err != nil {
+		return nil
 	}
-	d.content = d.content.with("join_authorised_via_users_server", quoted(local.stateKey))
-	return nil
+	users := slices.Collect(creators(s.create))
+	if s.levels != nil {
+		for _, l := range s.levels.users {
+			users = append(users, UserID(l.key))
+		}
+	}
+	users = slices.DeleteFunc(users, func(user UserID) bool { return user.Server() != server })
+	slices.SortStableFunc(users, func(a, b UserID) int { return cmp.Compare(s.power(b), s.power(a)) })
+	for _, user := range users[:min(len(users), maxPowerful)] {
+		members = withKeys(members, StateKey{typeMember, string(user)})
+	}
+	return members
 }
 
 // MakeJoin asks one server for the template of a user's join, offering all versions of Config.Versions. An answer that is

@@ -1,6 +1,7 @@
 package mxfed_test
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -319,7 +320,10 @@ type srvCondition struct {
 	more   []any // in allow, after the membership of !in:us.example
 	only   any   // instead of the whole of allow, if set
 	joined map[mxfed.RoomID]bool
-	local  string // who may let others in: "" the admin, "-" nobody
+	local  string // whom the host names: "" the admin; of "-", nobody, and others the admin has left
+	level  int    // that it takes to invite, 0: 50
+	mod    bool   // @mod:us.example, of power 50, is in the room
+	by     string // who authorises the join: "" the admin
 	status int
 	code   mxfed.ErrorCode
 }
@@ -367,6 +371,10 @@ func srvConditions() map[string]srvCondition {
 		"only one who has left":            {joined: met, local: "@gone:us.example", status: 400, code: cannotGrant},
 		"only one of another server":       {joined: met, local: "@mod:third.example", status: 400, code: cannotGrant},
 		"failed, and nobody of us may":     {joined: failed, local: "-", status: 403, code: forbidden},
+		"a moderator beside the admin":     {joined: met, mod: true, status: 200},
+		"a moderator beside one without":   {joined: met, mod: true, local: "@bob:us.example", by: "@mod:us.example", status: 200},
+		"a moderator without enough":       {joined: met, mod: true, level: 51, local: "@bob:us.example", status: 400, code: cannotGrant},
+		"anybody of us may":                {joined: met, level: -1, local: "@bob:us.example", by: "@bob:us.example", status: 200},
 	}
 }
 
@@ -381,10 +389,16 @@ func (c *srvCondition) room(t *testing.T, s *srvSite, v mxfed.RoomVersion, rule 
 	}
 	locals := map[string]*mxfed.Event{"": room.local, "-": nil, "@bob:us.example": member(s.own, "@bob:us.example", "join"),
 		"@gone:us.example": member(s.own, "@gone:us.example", "leave"), "@mod:third.example": member(s.third, "@mod:third.example", "join")}
+	users := map[string]any{"@mod:third.example": 50, "@mod:us.example": 50}
 	if v != "12" {
-		room.set(t, s.own, room.admin, "m.room.power_levels", "", map[string]any{"users": map[string]any{room.admin: 100, "@mod:third.example": 50}, "invite": 50})
-	} else {
-		room.set(t, s.own, room.admin, "m.room.power_levels", "", map[string]any{"users": map[string]any{"@mod:third.example": 50}, "invite": 50})
+		users[room.admin] = 100
+	}
+	room.set(t, s.own, room.admin, "m.room.power_levels", "", map[string]any{"users": users, "invite": cmp.Or(c.level, 50)})
+	if c.mod {
+		locals["@mod:us.example"] = member(s.own, "@mod:us.example", "join")
+	}
+	if c.local != "" {
+		room.set(t, s.own, room.admin, "m.room.member", room.admin, map[string]any{"membership": "leave"})
 	}
 	room.local = locals[c.local]
 	return room
@@ -418,8 +432,9 @@ func TestMakeJoin_Restricted(t *testing.T) {
 		}
 		require.Equal(t, 200, w.Code, "%s", w.Body)
 		_, event := srvTemplate(t, w.Body.Bytes())
-		require.Equal(t, map[string]any{"membership": "join", "join_authorised_via_users_server": room.admin}, event["content"])
-		require.Contains(t, srvIDs(t, v, event["auth_events"]), room.local.ID())
+		by := cmp.Or(c.by, room.admin)
+		require.Equal(t, map[string]any{"membership": "join", "join_authorised_via_users_server": by}, event["content"])
+		require.Contains(t, srvIDs(t, v, event["auth_events"]), room.state[mxfed.StateKey{Type: "m.room.member", Key: by}].ID())
 	})
 }
 

@@ -37,76 +37,24 @@ func (f MemberHostFunc) Accept(ctx context.Context, m *Membership) error { retur
 
 // Check repeats the room's checks on facts read again. It does no I/O, so a host calls it inside the transaction that
 // stores the event, with the answer to m.Ask as of then: a join that has become forbidden meanwhile is refused, and no
-// retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error.
-//
-// It is fit for events of any type and origin that a host takes from elsewhere, as Membership{Event: e}, after
-// Server.Verify, which alone tells whether the server of a restricted join's authoriser has signed.
+// retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error, with the reasons that
+// Event.Check gives. Here none of them lets the event in.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (m *Membership) Check(now *Room) error {
 	if now == nil {
 		return errNoRoom()
 	}
-	e := m.Event
-	if e == nil || now.Version != e.rules.version {
-		return refuse(ErrInvalidParam, "event is not of room version %s", now.Version)
-	}
 	if err := now.checkACL(m.Ask.Origin); err != nil {
 		return err
 	}
-	foreign := func(f *Event) bool { return f != nil && f.room != e.room }
-	if slices.ContainsFunc(slices.Concat(now.State, now.Before), foreign) {
-		return refuse(ErrForbidden, "event is built on events of another room")
-	}
-	if known := findEvent(now.Events, e.id); known != nil {
-		if known.hash != e.hash { // possible where IDs are given, not computed
-			return refuse(ErrInvalidParam, "another event has the ID %s", e.id)
-		}
-		return nil
-	}
-	auth := make([]*Event, 0, maxAuthEvents)
-	for _, id := range e.refs[e.prevs:] {
-		event := findEvent(now.Events, id)
-		if event == nil {
-			return refuse(ErrForbidden, "auth event %s is not known here", id)
-		}
-		auth = append(auth, event)
-	}
-	if err := checkAuthEvents(e, auth); err != nil {
-		return err
-	}
-	create := now.state(typeCreate, "")
-	if err := authorise(e, stateOf(auth, create), true); err != nil {
-		return err
-	}
-	if now.Before == nil {
-		return refuse(ErrForbidden, "prev_events are not known here")
-	}
-	if err := authorise(e, stateOf(now.Before, create), true); err != nil {
+	known, err := m.Event.checkBefore(now)
+	if err != nil || known {
 		return err
 	}
 	if err := m.checkRestricted(now); err != nil {
 		return err
 	}
-	return authorise(e.notFirst(now), stateOf(now.State, create), true)
-}
-
-// notFirst hides, in a room that knows the user, that a join is built on the create event alone: the rule by which that lets
-// a room's creator in, whatever has happened since, is about the beginning of a room.
-// https://spec.matrix.org/v1.19/rooms/v12/#authorization-rules
-func (e *Event) notFirst(now *Room) *Event {
-	if e.membership != "join" || now.state(typeMember, e.stateKey) == nil {
-		return e
-	}
-	late := *e
-	late.refs, late.prevs = e.refs[e.prevs:], 0
-	return &late
-}
-
-func findEvent(events []*Event, id EventID) *Event {
-	if i := slices.IndexFunc(events, func(e *Event) bool { return e.ID() == id }); i >= 0 {
-		return events[i]
-	}
-	return nil
+	return m.Event.checkNow(now)
 }
 
 // checkRestricted checks, for a join that a user of this server is to authorise, what the authorisation rules do not know:
@@ -182,16 +130,13 @@ func (r *Room) checkConditions() error {
 
 // factsFor is the question whose answer decides about an event of a member; facts are what is known of the room so far.
 func factsFor(e *Event, origin, to ServerName, facts *Room) RoomQuery {
-	ask := RoomQuery{Origin: origin, To: to, Prev: e.Prev(), Events: append(e.Auth(), e.id),
-		State: withKeys(slices.Clone(admissionState), authKeys(e)...), Servers: facts.policyServers()}
+	ask := e.Query()
+	ask.Origin, ask.To, ask.Servers = origin, to, facts.policyServers()
 	if user := e.authoriserID(); user != "" && e.membership == "join" {
 		ask.User, ask.Allow = e.sender, facts.checkable()
 	}
 	return ask
 }
-
-// admissionState are the entries that every request of another server about a room is judged by.
-var admissionState = []StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}, {typeServerACL, ""}, {typePolicy, ""}}
 
 // memberSent makes every check of a member event that another server sends about its own user, and adds our signature.
 // more are entries that the caller wants in room besides.

@@ -15,8 +15,10 @@ type RoomQuery struct {
 	State []StateKey
 	// Prev are the prev_events of an event that is being checked: see Room.Before.
 	Prev []EventID
-	// Events are wanted in Room.Events: the auth_events of an event that is being checked, and last that event itself.
+	// Events are the auth_events of an event that is being checked: see Room.Events.
 	Events []EventID
+	// Event is the event that is being checked. It is wanted in Room.Events too, but only if it is part of the room.
+	Event EventID
 	// User and Allow ask whether the user is joined to these rooms: see Room.Joined.
 	User  UserID
 	Allow []RoomID
@@ -26,33 +28,38 @@ type RoomQuery struct {
 	Local bool
 }
 
-// Room is one snapshot of a room's facts. A fact that is left out means "cannot tell" and never lets anyone in.
+// Room is one snapshot of a room's facts. A fact that is left out means "cannot tell" and never lets anyone in, but for State
+// and Before: there a key that was asked for and is left out counts as not set. A host that loses a ban, an access control
+// list or the power levels opens the room; if it cannot read them it returns an error.
 type Room struct {
 	Version RoomVersion
 	// Latest are the forward extremities: the prev_events of the next event.
 	Latest []*Event
 	// State holds the current state entries asked for; keys that are not set are left out.
 	State []*Event
-	// Before holds the same keys as they were after RoomQuery.Prev, resolved. Nil: some of Prev is not known here.
+	// Before holds the same keys as they were after RoomQuery.Prev: if there are several with different states, resolved by
+	// the algorithm of the room version, which this package does not have (see gmslbridge). Nil: some of Prev is not known
+	// here; empty: nothing was set.
 	Before []*Event
-	// Events are those of RoomQuery.Events that this room has accepted; rejected ones are left out. The event that is being
-	// checked is listed only if it is part of the room, and so not if it was soft-failed.
+	// Events are those of RoomQuery.Events that this room has accepted, soft-failed ones included and rejected ones left out;
+	// and RoomQuery.Event, if the room has accepted it and it was not soft-failed.
 	Events []*Event
 	// Joined tells of each room in RoomQuery.Allow whether the user is joined; no entry: this server is not in that room.
 	Joined map[RoomID]bool
 	// Present tells of each server in RoomQuery.Servers whether it has a joined user. One without an entry counts as there
 	// where that is stricter: a policy server then has to be asked.
 	Present map[ServerName]bool
-	// Local is the member event of a joined user of RoomQuery.To: of one who may invite, if there is one.
+	// Local is the member event of a joined user of RoomQuery.To, whichever; those with a power of their own are asked for in
+	// RoomQuery.State.
 	Local *Event
 }
 
 // RoomSource states facts of the rooms that this host is in. It is asked two or three times for one request, possibly by
 // many requests at once.
 type RoomSource interface {
-	// Room returns a snapshot. ErrNotFound: the host does not know the room, has not the whole of its state yet, or another
-	// server asks (RoomQuery.Origin) and RoomQuery.To has no user in it. For this server itself a room of which only the
-	// create event exists is known: its creator is about to join.
+	// Room returns a snapshot. ErrNotFound: the host does not know the room, RoomQuery.To has no user in it (any more), or
+	// another server asks (RoomQuery.Origin) and the host has not the whole of its state yet. For this server itself a room
+	// of which only the create event exists is known: its creator is about to join.
 	Room(ctx context.Context, id RoomID, ask RoomQuery) (*Room, error)
 }
 

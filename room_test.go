@@ -102,7 +102,7 @@ func newSrvMembership(t *testing.T, v mxfed.RoomVersion) (*srvRoom, *mxfed.Membe
 	s := newSrvSite(t)
 	room := newSrvRestrictedRoom(t, s, v, "restricted", map[mxfed.RoomID]bool{"!in:us.example": true})
 	m := &mxfed.Membership{Event: srvEvent(t, v, room.joinOf("@alice:domain", room.admin).sign(t, v, s.domain))}
-	m.Ask = mxfed.RoomQuery{Origin: "domain", To: "us.example", Prev: m.Event.Prev(), Events: append(m.Event.Auth(), m.Event.ID()), User: "@alice:domain",
+	m.Ask = mxfed.RoomQuery{Origin: "domain", To: "us.example", Prev: m.Event.Prev(), Events: m.Event.Auth(), Event: m.Event.ID(), User: "@alice:domain",
 		Allow: []mxfed.RoomID{"!in:us.example"}, State: []mxfed.StateKey{{Type: "m.room.create"}, {Type: "m.room.power_levels"}, {Type: "m.room.join_rules"},
 			{Type: "m.room.server_acl"}, {Type: "m.room.member", Key: "@alice:domain"}, {Type: "m.room.member", Key: room.admin}}}
 	now, err := room.answer(m.Ask)

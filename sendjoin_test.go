@@ -95,7 +95,8 @@ func TestSendJoin(t *testing.T) {
 				require.Equal(t, s.domain.name, m.Ask.Origin)
 				require.Equal(t, s.own.name, m.Ask.To)
 				require.Equal(t, m.Event.Prev(), m.Ask.Prev)
-				require.Subset(t, m.Ask.Events, append(m.Event.Auth(), m.Event.ID()))
+				require.Equal(t, m.Event.Auth(), m.Ask.Events)
+				require.Equal(t, m.Event.ID(), m.Ask.Event)
 				require.LessOrEqual(t, len(m.Ask.State), 64)
 			})
 		}
@@ -246,10 +247,7 @@ func TestSendJoin_RestrictedRecheck(t *testing.T) {
 	forEachRestricted(t, func(t *testing.T, v mxfed.RoomVersion, rule string, c *srvCondition) {
 		s := newSrvSite(t)
 		room := c.room(t, s, v, rule)
-		authoriser := map[string]string{"": room.admin, "-": "@nobody:us.example"}[c.local]
-		if authoriser == "" {
-			authoriser = c.local
-		}
+		authoriser := cmp.Or(c.by, map[string]string{"": room.admin, "-": "@nobody:us.example"}[c.local], c.local)
 		join := room.joinOf("@alice:domain", authoriser)
 		pdu := join.sign(t, v, s.domain)
 		s.reset()

@@ -148,7 +148,7 @@ func (r *srvRoom) facts(ask mxfed.RoomQuery) *mxfed.Room {
 		}
 		room.Before = srvEntries(state, ask.State)
 	}
-	for _, id := range ask.Events {
+	for _, id := range append(slices.Clone(ask.Events), ask.Event) {
 		if e := r.events[id]; e != nil {
 			room.Events = append(room.Events, e)
 		}

@@ -110,7 +110,7 @@ func (e *Event) impliedCreate() EventID {
 // https://spec.matrix.org/v1.19/server-server-api/#server-access-control-lists-acls
 func (s *Server) readable(ctx context.Context, in *incoming, id RoomID, event EventID) (*Event, error) {
 	room, _, err := readRoom(ctx, s.client.rooms, id, RoomQuery{Origin: in.Origin, To: in.To, State: []StateKey{{typeServerACL, ""}},
-		Servers: []ServerName{in.Origin}, Events: []EventID{event}})
+		Servers: []ServerName{in.Origin}, Event: event})
 	if err != nil {
 		return nil, err
 	}

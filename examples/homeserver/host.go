@@ -48,8 +48,8 @@ func (t *tx) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (r *room, now *mxfed.Ro
 	if now.State, err = t.current(r, ask.State...); err == nil && len(ask.Prev) > 0 {
 		now.Before, err = t.before(r, ask)
 	}
-	if err == nil && len(ask.Events) > 0 {
-		now.Events, err = t.accepted(r, ask.Events, ask.Events[len(ask.Events)-1])
+	if err == nil && ask.Event != "" {
+		now.Events, err = t.accepted(r, append(slices.Clone(ask.Events), ask.Event), ask.Event)
 	}
 	for _, name := range ask.Servers {
 		if err == nil {

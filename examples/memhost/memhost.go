@@ -59,7 +59,7 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 	if r == nil || ask.Origin != "" && !r.speaks(ask.To) {
 		return nil, mxfed.ErrNotFound
 	}
-	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(r.state), Events: events(r.find(ask.Events)),
+	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(r.state), Events: events(r.find(append(slices.Clone(ask.Events), ask.Event))),
 		Joined: make(map[mxfed.RoomID]bool), Present: make(map[mxfed.ServerName]bool)}
 	here := servers(r.state)
 	for _, name := range ask.Servers {
