@@ -180,12 +180,15 @@ func (c *Client) malformed(server ServerName, endpoint string, err error) error 
 	return &Error{Code: ErrUnknown, Status: http.StatusOK, Server: server, Endpoint: endpoint, Message: "malformed answer", Err: err}
 }
 
-// Draft is an event that a local user wants to send.
+// Draft is an event that a local user wants to send. A room begins with the drafts of its create event, into which
+// room_version and, where the room version has it, creator are filled; its creator's join; power levels; and join rules.
+// Each is stored before the next one is built.
 type Draft struct {
-	// Room is the room; empty for the create event of a room version 12 or later, whose hash names the room. So two of these
-	// must differ in something: the same content by the same sender in the same millisecond is the same room.
+	// Room is the room. That of a create event is chosen by the host: "!", something random, ":" and its own name. From room
+	// version 12 on it is empty there: the event's hash names the room, so two of them must differ in something. The same
+	// content by the same sender in the same millisecond is the same room.
 	Room RoomID
-	// Version is the room version of a create event; other events have that of their room.
+	// Version is the room version of a create event. Other events have that of their room; it may be left empty for them.
 	Version RoomVersion
 	Type    string
 	// StateKey is nil for an event that is not state.
@@ -215,8 +218,13 @@ func (c *Client) build(ctx context.Context, d *Draft, more ...StateKey) (*Event,
 func (c *Client) buildAs(ctx context.Context, signer *Signer, d *Draft, more ...StateKey) (*Event, *Room, error) {
 	var r jsonReader
 	content, err := r.canonical(d.Content, numbersEncoded)
-	if err != nil || !value(content).isObject() {
-		return nil, nil, because(err, ErrBadJSON, "content is no JSON object")
+	switch {
+	case err != nil:
+		return nil, nil, because(err, ErrBadJSON, "content is not what an event can have")
+	case !value(content).isObject():
+		return nil, nil, refuse(ErrBadJSON, "content is no JSON object")
+	case d.Type == "" || d.Type == typeCreate && d.StateKey == nil:
+		return nil, nil, refuse(ErrInvalidParam, "draft has no type, or is of type %s without a state key", typeCreate)
 	}
 	material := &draft{room: d.Room, typ: d.Type, stateKey: d.StateKey, sender: d.Sender, content: value(content), ts: c.now().UnixMilli()}
 	if d.Type == typeCreate {
@@ -227,6 +235,9 @@ func (c *Client) buildAs(ctx context.Context, signer *Signer, d *Draft, more ...
 	room, rules, err := readRoom(ctx, c.rooms, d.Room, ask)
 	if err != nil {
 		return nil, nil, err
+	}
+	if d.Version != "" && d.Version != rules.version {
+		return nil, nil, refuse(ErrInvalidParam, "the room is of version %s, not %s", rules.version, d.Version)
 	}
 	material.origin = originFor(rules, signer.name)
 	if material.redacts = d.Redacts; d.Redacts != "" && rules.redactsInContent {
@@ -269,6 +280,9 @@ func (c *Client) buildCreate(v RoomVersion, d *draft, signer *Signer) (*Event, e
 		return nil, refuse(ErrInvalidParam, "content names room version %s, not %s", named, v)
 	}
 	d.content = d.content.with("room_version", quoted(v)) // without it the room would be of version 1
+	if rules.creatorInContent && d.content.get("creator") == "" {
+		d.content = d.content.with("creator", quoted(d.sender))
+	}
 	d.prev, d.auth, d.depth, d.origin = "[]", "[]", 1, originFor(rules, signer.name)
 	event, err := d.build(rules)
 	if err != nil {

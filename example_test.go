@@ -3,10 +3,12 @@ package mxfed_test
 import (
 	"context"
 	"crypto/ed25519"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -65,6 +67,47 @@ func Example() {
 	// Output:
 	// <nil>
 	// mxfed: M_NOT_FOUND: room is not known here
+}
+
+// exampleRoom stands for a room in a host's storage.
+type exampleRoom interface {
+	Version() mxfed.RoomVersion
+	Facts(ask mxfed.RoomQuery) (*mxfed.Room, error)
+	Store(e *mxfed.Event, status string) error
+	Fetch(e *mxfed.Event, from mxfed.ServerName) error // what e is built on, by get_missing_events or Client.FetchState
+}
+
+// An event that another server has sent by PUT /_matrix/federation/v1/send/{txnId}, an endpoint of the host's own, which asks
+// Server.Authenticate who that is.
+func ExampleEvent_Check() {
+	take := func(ctx context.Context, server *mxfed.Server, from mxfed.ServerName, room exampleRoom, pdu []byte) error {
+		e, err := mxfed.ParseEvent(room.Version(), pdu)
+		if err != nil {
+			return err
+		}
+		if err := server.Verify(ctx, e)[0]; err != nil {
+			return err // not genuine: dropped
+		}
+		now, err := room.Facts(e.Query()) // in the transaction that stores e
+		if err != nil {
+			return err
+		}
+		acl := slices.IndexFunc(now.State, func(e *mxfed.Event) bool { return e.Type() == "m.room.server_acl" })
+		if acl >= 0 && !mxfed.AllowedByACL(now.State[acl], from) {
+			return mxfed.ErrForbidden
+		}
+		switch err := e.Check(now); {
+		case err == nil:
+			return room.Store(e, "accepted")
+		case errors.Is(err, mxfed.ErrMissing):
+			return room.Fetch(e, from) // and check again
+		case errors.Is(err, mxfed.ErrSoftFailed):
+			return room.Store(e, "soft-failed") // others may build on it, users do not see it
+		default:
+			return room.Store(e, "rejected") // what is built on it can be told to be bad
+		}
+	}
+	_ = take
 }
 
 func ExampleCanonicalJSON() {

@@ -15,7 +15,8 @@ import (
 // StateRequest asks for the state of a room before one of its events. A host that was stopped in between can make it again
 // from what it has stored.
 type StateRequest struct {
-	// Event is the join, or any other event of the room that this host has accepted but its create event.
+	// Event is the join, or any other verified event of the room but its create event: also one whose prev_events are not
+	// known here, since its Room.Before is what is fetched.
 	Event *Event
 	// From is the own name that asks; empty is the server of Event's sender, or the first own name if that is another one's.
 	From ServerName

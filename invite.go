@@ -95,6 +95,10 @@ type InviteHost interface {
 	// Invited stores the invite, once per event ID, and returns nil, or refuses it: ErrForbidden if the user or this
 	// server takes no such invites, ErrInviteBlocked if the user blocks invites, any Error or ErrorCode as it is, and
 	// other errors as 500. The event is verified and signed when Invited is asked; it leaves only after nil.
+	//
+	// The inviter's server puts the invite into the room after it has got this answer. So a host that joins on the user's
+	// behalf does so after Invited has returned, and tries again for a while if it is told ErrForbidden, as examples/bot
+	// does. If this server is in the room, the same event may come with the room's others as well.
 	Invited(ctx context.Context, inv *Invite) error
 }
 
@@ -342,10 +346,11 @@ func merge(p *eventParser, keys *keySet, sent, got *Event, server ServerName) (*
 }
 
 // InviteUser builds an invite of user by the local user sender into a room of Config.Rooms, checks that the room allows
-// it, and has the user's server sign it; a user of an own name is signed for without a call. If the room has a policy
-// server, that one signs first: what it refuses reaches nobody. The host stores the event, after Membership{Event: e}.Check in its
-// transaction, as other servers were asked meanwhile, and sends it to the room's servers. content may hold displayname, reason and the like; membership is set here. What the room's rules or its policy
-// server forbid is ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#inviting-to-a-room
+// it, and has the user's server sign it. A user of an own name is signed for without a call, and without asking InviteHost.
+// If the room has a policy server, that one signs first: what it refuses reaches nobody. The host stores the event, after
+// Event.Check in its transaction, as other servers were asked meanwhile, and sends it to the room's servers. content may hold
+// displayname, reason and the like; membership is set here. What the room's rules or its policy server forbid is
+// ErrForbidden. https://spec.matrix.org/v1.19/server-server-api/#inviting-to-a-room
 func (c *Client) InviteUser(ctx context.Context, room RoomID, sender, user UserID, content json.RawMessage) (*Event, error) {
 	if !user.valid() {
 		return nil, refuse(ErrInvalidParam, "%q is no user ID", user)

@@ -14,7 +14,8 @@ import (
 // checked while they arrive, in windows; the authorisation of the whole graph follows at the end.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 
-// JoinRequest joins User to Room through the first of Via that lets it.
+// JoinRequest joins User to Room through the first of Via that lets it. It is for a room that this server is not in; in one
+// that it is in, Server.Build makes the join.
 type JoinRequest struct {
 	Room RoomID
 	// User is a user of an own name.

@@ -90,7 +90,8 @@ func (inv *Invite) Rejection() *LeaveRequest {
 
 // Rescinded tells whether a member event, received while this server is not in the room, takes the invite back: a leave or
 // ban of the invited user, by the inviter's server, that was built on the invite. The event has to be verified, as by
-// Server.Verify; nobody outside the room can check more of it.
+// Server.Verify; nobody outside the room can check more of it. It comes by PUT send like the events of rooms that this
+// server is in, so a host looks for invites before it refuses a room that it does not know.
 func (inv *Invite) Rescinded(by *Event) bool {
 	return by.is(typeMember, string(inv.User)) && (by.membership == "leave" || by.membership == "ban") &&
 		by.room == inv.Event.room && by.sender.Server() == inv.Event.sender.Server() && slices.Contains(by.Auth(), inv.Event.id)

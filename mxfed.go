@@ -12,14 +12,15 @@
 // [Client.InviteUser], [Client.Join], [Client.Leave] and [Client.Knock] do all that their names say; [Client.FetchState]
 // gets the rest of a room that was joined without its members. [Client.Invite], [Client.MakeJoin], [Client.SendJoin] and
 // their like are the single steps, [Client.Do] makes any signed call. [Server.Build], [Server.Verify],
-// [Server.Authenticate] and [AllowedByACL] are there so that a host needs no second library for its own endpoints.
+// [Event.Check], [Server.Authenticate] and [AllowedByACL] are there so that a host needs no second library for its own endpoints.
 //
 // # What the library decides and what the host decides
 //
 // The library decides whether a request is genuine, whether an event is well formed, signed and allowed, what is signed,
 // and what is answered. The host decides whether its users want an invite, stores events, states facts of its rooms,
-// passes events on to other servers, and resolves state. A fact that a host leaves out never lets anyone in. Races between
-// requests are settled in the host's own transaction by [Membership.Check].
+// passes events on to other servers, and resolves state. What a host leaves out of its answers never lets anyone in, but for
+// state: see [Room]. Races between requests are settled in the host's own transaction by [Membership.Check], and
+// [Event.Check] judges events that come in any other way.
 //
 // # Security considerations
 //

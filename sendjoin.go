@@ -23,9 +23,9 @@ type SendJoinResponse struct {
 	// Event is the join with the resident server's signature. A host leaves it nil for the event as accepted; for a join
 	// that was accepted before it may return the stored copy.
 	Event *Event
-	// State is the state before the join, Auth the auth chains of the join and of State; the create event of a room whose
-	// events do not name it may be left out of Auth. A sequence opens nothing before
-	// it is ranged over, which happens once at most; an error ends it and the answer.
+	// State is the state before the join, Auth the auth chains of the join and of State: joiners refuse an answer in which
+	// they are not whole. The create event of a room whose events do not name it may be left out of Auth. A sequence opens
+	// nothing before it is ranged over, which happens once at most; an error ends it and the answer. See PDUs.
 	State, Auth iter.Seq2[[]byte, error]
 	// Servers have joined users. It is set exactly if member events were left out of State, as Membership.OmitMembers
 	// allows. A host that does so keeps in Auth the member events that authorise the join and the rest of State. In a room
@@ -39,8 +39,9 @@ type SendJoinResponse struct {
 type JoinHost interface {
 	// AcceptJoin stores the join atomically, once per event ID, passes it on to the room's servers and returns the room as
 	// it was before. In the transaction that stores it the host reads the facts of m.Ask again and calls m.Check. The
-	// event is verified, was allowed by the facts that Rooms answered, and carries this server's signature. An Error or
-	// ErrorCode decides the answer, other errors are 500.
+	// event is verified, was allowed by the facts that Rooms answered, and carries this server's signature. A join that is
+	// stored already gets the same answer again, or ErrNotFound if the state before it is not known. An Error or ErrorCode
+	// decides the answer, other errors are 500.
 	AcceptJoin(ctx context.Context, m *Membership) (*SendJoinResponse, error)
 }
 
@@ -66,8 +67,11 @@ func NewSendJoinHandler(s *Server, host JoinHost) http.Handler {
 		if err != nil {
 			return err
 		}
-		if answer == nil || len(answer.Servers) > 0 && !m.OmitMembers {
-			return errors.New("JoinHost left members out of an answer that was to have them, or gave none")
+		if answer == nil {
+			return errors.New("JoinHost gave neither an answer nor an error")
+		}
+		if len(answer.Servers) > 0 && !m.OmitMembers {
+			return errors.New("JoinHost left members out of an answer that was to have them")
 		}
 		told := *answer // the host's own may be kept by it
 		if told.Event == nil {
@@ -241,6 +245,17 @@ func (c *Client) SendJoin(ctx context.Context, to ServerName, req *SendJoinReque
 		return nil, c.malformed(to, "send_join", err)
 	}
 	return answer, nil
+}
+
+// PDUs yields events as State and Auth of a SendJoinResponse want them, for hosts that have them in memory.
+func PDUs(events []*Event) iter.Seq2[[]byte, error] {
+	return func(yield func([]byte, error) bool) {
+		for _, e := range events {
+			if !yield(e.JSON(), nil) {
+				return
+			}
+		}
+	}
 }
 
 func sequence(pdus [][]byte) iter.Seq2[[]byte, error] {

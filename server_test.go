@@ -521,6 +521,9 @@ func TestBuild(t *testing.T) {
 				"unknown room":      {func(d *mxfed.Draft) { d.Room = "!none:us.example" }, mxfed.ErrNotFound},
 				"content no object": {func(d *mxfed.Draft) { d.Content = json.RawMessage("[]") }, mxfed.ErrBadJSON},
 				"content missing":   {func(d *mxfed.Draft) { d.Content = nil }, mxfed.ErrBadJSON},
+				"no type":           {func(d *mxfed.Draft) { d.Type = "" }, mxfed.ErrInvalidParam},
+				"another version":   {func(d *mxfed.Draft) { d.Version = "13" }, mxfed.ErrInvalidParam},
+				"create, no state":  {func(d *mxfed.Draft) { d.Type, d.Version, d.StateKey = "m.room.create", v, nil }, mxfed.ErrInvalidParam},
 				"content a float":   {func(d *mxfed.Draft) { d.Content = json.RawMessage(`{"a":1.5}`) }, mxfed.ErrBadJSON},
 				"not allowed": {func(d *mxfed.Draft) {
 					other := "@alice:domain"
@@ -546,7 +549,7 @@ func TestBuild_Create(t *testing.T) {
 	s := newSrvSite(t)
 	key := ""
 	for _, v := range srvVersions {
-		draft := mxfed.Draft{Room: "!new:us.example", Version: v, Type: "m.room.create", StateKey: &key, Sender: "@admin:us.example", Content: json.RawMessage(`{"creator":"@admin:us.example","room_version":"` + string(v) + `"}`)}
+		draft := mxfed.Draft{Room: "!new:us.example", Version: v, Type: "m.room.create", StateKey: &key, Sender: "@admin:us.example", Content: json.RawMessage(`{"x":1}`)}
 		if v == "12" {
 			draft.Room = ""
 		}
@@ -555,6 +558,11 @@ func TestBuild_Create(t *testing.T) {
 		require.NoError(t, s.server.Verify(t.Context(), e)[0])
 		require.Equal(t, v, e.Version())
 		require.Empty(t, e.Prev())
+		want := map[string]any{"x": 1.0, "room_version": string(v)}
+		if !slices.Contains([]mxfed.RoomVersion{"11", "12"}, v) {
+			want["creator"] = "@admin:us.example"
+		}
+		require.Equal(t, want, srvObject(t, e.Content()))
 		if v == "12" {
 			require.Equal(t, "!"+string(e.ID()[1:]), string(e.RoomID()))
 		} else {
@@ -573,6 +581,7 @@ func TestNewServer(t *testing.T) {
 		"nothing":         {mxfed.Config{}, "Config.Signers"},
 		"no signer":       {mxfed.Config{Signers: []*mxfed.Signer{}}, "Config.Signers"},
 		"nil signer":      {mxfed.Config{Signers: []*mxfed.Signer{a, nil}}, "Config.Signers"},
+		"empty signer":    {mxfed.Config{Signers: []*mxfed.Signer{{}}}, "Config.Signers"},
 		"two for a name":  {mxfed.Config{Signers: []*mxfed.Signer{a, b, a}}, "Config.Signers"},
 		"unknown version": {mxfed.Config{Signers: []*mxfed.Signer{a}, Versions: []mxfed.RoomVersion{"10", "org.example"}}, "Config.Versions"},
 		"request limit":   {mxfed.Config{Signers: []*mxfed.Signer{a}, MaxRequest: -1}, "Config.MaxRequest"},

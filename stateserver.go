@@ -18,9 +18,10 @@ import (
 // EventHost reads events and states of the rooms that the host is in. Methods may be called at any time from any goroutine.
 // An Error or ErrorCode decides the answer, other errors are 500.
 type EventHost interface {
-	// EventsByID returns those of ids that this host has accepted, in any order; others are left out. It is asked for 500 at
-	// most. Those that origin may not see, by the room's history visibility, are left out as well; an empty origin may see
-	// all of them: then they are state or authorise state, which is open to every server that is in the room.
+	// EventsByID returns those of ids, of whatever room, that this host has accepted, in any order; others are left out. It is
+	// asked for 500 at most. Those that origin may not see, by the room's history visibility, are left out as well; an empty
+	// origin may see all of them: then they are state or authorise state, which is open to every server that is in the room.
+	// https://spec.matrix.org/v1.19/client-server-api/#room-history-visibility
 	EventsByID(ctx context.Context, origin ServerName, ids []EventID) ([]*Event, error)
 	// StateIDs returns the state of a room before one of its events, and the auth chain of that state, each ID once. The
 	// create event of a room whose events do not name it may be left out of the chain.

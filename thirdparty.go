@@ -112,10 +112,11 @@ func (r *redemption) content(name value) value {
 // ThirdPartyHost stores the invites that third-party invites have become.
 type ThirdPartyHost interface {
 	// ThirdPartyInvited stores a finished invite as part of its room, once per event ID, passes it on to the room's servers
-	// and, if the invited user is one of the host's own, shows it to that user. The event is allowed by what Rooms
-	// answered before other servers were asked, so that Membership{Event: e}.Check belongs into the transaction, and carries the signatures of the server that made it and of the invited user's server, which
-	// has seen it already. Its sender may be another server's user. An Error or ErrorCode decides the answer, other errors
-	// are 500; the exchange is then made anew, with another event, when somebody asks again.
+	// and, if the invited user is one of the host's own, shows it to that user. The event is allowed by what Rooms answered
+	// before other servers were asked, so that Event.Check belongs into the transaction; it carries the signatures of the
+	// server that made it and of the invited user's server, which has seen it already. Its sender may be another server's
+	// user. An Error or ErrorCode decides the answer, other errors are 500; the exchange is then made anew, with another
+	// event, when somebody asks again.
 	ThirdPartyInvited(ctx context.Context, e *Event) error
 }
 

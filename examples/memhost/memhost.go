@@ -56,7 +56,7 @@ func (h *Host) Room(_ context.Context, id mxfed.RoomID, ask mxfed.RoomQuery) (*m
 // lock.
 func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) {
 	r := h.rooms[id]
-	if r == nil || ask.Origin != "" && !r.speaks(ask.To) {
+	if !r.knows(ask.To, ask.Origin) {
 		return nil, mxfed.ErrNotFound
 	}
 	now := &mxfed.Room{Version: r.log[0].Version(), Latest: events(r.latest), State: events(r.state), Events: events(r.find(append(slices.Clone(ask.Events), ask.Event))),
@@ -69,7 +69,7 @@ func (h *Host) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*mxfed.Room, error) 
 		now.Before = events(r.after(prev))
 	}
 	for _, id := range ask.Allow {
-		if other := h.rooms[id]; other != nil && other.speaks(ask.To) {
+		if other := h.rooms[id]; other.knows(ask.To, ask.Origin) {
 			now.Joined[id] = slices.ContainsFunc(other.state, func(e *entry) bool { return e.joined() != "" && e.joined() == ask.User })
 		}
 	}

@@ -1,7 +1,6 @@
 package memhost
 
 import (
-	"iter"
 	"maps"
 	"slices"
 
@@ -101,9 +100,13 @@ func servers(state []*entry) map[mxfed.ServerName]bool {
 	return present
 }
 
-// speaks tells whether a server is in the room and knows all of it.
-func (r *room) speaks(name mxfed.ServerName) bool {
-	return !r.partial && servers(r.state)[name]
+// knows tells whether the room can be spoken of: if as a server's, that must be in it, unless its first user is about to join;
+// and to others only by one that knows all of it.
+func (r *room) knows(own, other mxfed.ServerName) bool {
+	if r == nil || other != "" && r.partial {
+		return false
+	}
+	return own == "" || servers(r.state)[own] || other == "" && len(r.log) == 1
 }
 
 func events(entries []*entry) []*mxfed.Event {
@@ -132,7 +135,7 @@ func (r *room) answer(join *entry, omitMembers bool) (*mxfed.SendJoinResponse, e
 		answer.Servers = slices.Sorted(maps.Keys(servers(state)))
 		state = slices.DeleteFunc(state, func(e *entry) bool { return e.Type() == "m.room.member" })
 	}
-	answer.State, answer.Auth = pdus(state), pdus(r.authChain(append(state, join)))
+	answer.State, answer.Auth = mxfed.PDUs(events(state)), mxfed.PDUs(events(r.authChain(append(state, join))))
 	return answer, nil
 }
 
@@ -148,15 +151,4 @@ func (r *room) authChain(of []*entry) []*entry {
 		}
 	}
 	return chain[len(of):]
-}
-
-// pdus yields events as they are stored.
-func pdus(entries []*entry) iter.Seq2[[]byte, error] {
-	return func(yield func([]byte, error) bool) {
-		for _, e := range entries {
-			if !yield(e.JSON(), nil) {
-				return
-			}
-		}
-	}
 }

@@ -47,15 +47,25 @@ func (h *Host) Invite(ctx context.Context, room mxfed.RoomID, sender, user mxfed
 	return h.store(h.Server.Client().InviteUser(ctx, room, sender, user, nil))
 }
 
-// store keeps an event of a local user, if it was made.
+// store keeps an event of a local user, if it was made and the room still allows it.
 func (h *Host) store(e *mxfed.Event, err error) (*mxfed.Event, error) {
-	if err == nil {
-		h.mu.Lock()
-		defer h.mu.Unlock()
-		r := h.room(e)
-		r.add(e, r.find(e.Prev()))
+	if err != nil {
+		return nil, err
 	}
-	return e, err
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if e.Type() != "m.room.create" {
+		now, err := h.facts(e.RoomID(), e.Query())
+		if err == nil {
+			err = e.Check(now)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	r := h.room(e)
+	r.add(e, r.find(e.Prev()))
+	return e, nil
 }
 
 // room returns the room of e, new if e is the first event of it. The caller holds the lock.
@@ -75,6 +85,7 @@ func (h *Host) Join(ctx context.Context, req *mxfed.JoinRequest) (*mxfed.JoinRes
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	delete(h.rooms, result.Event.RoomID()) // what it was before this server left has no place in it any more
 	r := h.room(result.Event)
 	r.enter(result.Event, result.State, result.Auth)
 	r.partial = len(result.Servers) > 0
