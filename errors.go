@@ -1,6 +1,7 @@
 package mxfed
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -160,7 +161,8 @@ func (e *Error) answer() Error    { return *e }
 // https://spec.matrix.org/v1.19/client-server-api/#standard-error-response
 func WriteError(w http.ResponseWriter, err error) {
 	e := answerTo(err)
-	fields := []field{{"errcode", quoted(e.Code)}, {"error", quoted(strings.ToValidUTF8(e.Message, "\uFFFD"))}}
+	message := cmp.Or(e.Message, e.Code.words())
+	fields := []field{{"errcode", quoted(e.Code)}, {"error", quoted(strings.ToValidUTF8(message, "\uFFFD"))}}
 	if e.RoomVersion != "" {
 		fields = append(fields, field{"room_version", quoted(e.RoomVersion)})
 	}
@@ -173,6 +175,11 @@ func WriteError(w http.ResponseWriter, err error) {
 		fields = append(fields, field{"retry_after_ms", integer(wait.Milliseconds())})
 	}
 	writeJSON(w, e.Status, object(fields...))
+}
+
+// words are those that the code is made of, for people who are to read an error that says nothing else.
+func (c ErrorCode) words() string {
+	return strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(string(c), "M_"), "_", " "))
 }
 
 func writeJSON(w http.ResponseWriter, status int, v value) {

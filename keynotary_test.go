@@ -102,7 +102,7 @@ func TestKeyRing_TellsNotaryTheMoment(t *testing.T) {
 	type criteria = map[string]int64
 	require.Equal(t, []map[string]map[string]map[string]int64{{
 		"a.example": {"ed25519:a": criteria{"minimum_valid_until_ts": at.UnixMilli() + 5}},
-		"b.example": {"ed25519:a": criteria{}, "ed25519:x": criteria{"minimum_valid_until_ts": 0}},
+		"b.example": {"ed25519:a": criteria{"minimum_valid_until_ts": 0}, "ed25519:x": criteria{"minimum_valid_until_ts": 0}},
 		"c.example": {}, // all of them
 	}}, notary.queries)
 }

@@ -526,8 +526,9 @@ func (k *KeyRing) askNotary(ctx context.Context, notary ServerName, batch []*inq
 	return err
 }
 
-// criteria is what a notary is told about the keys wanted of one server: until when they must be valid. Too many keys are
-// not listed, which stands for all.
+// criteria is what a notary is told about the keys wanted of one server: until when they must be valid, which is 0 if any
+// will do; left out, it would stand for now. Too many keys are not listed, which stands for all.
+// https://spec.matrix.org/v1.19/server-server-api/#post_matrixkeyv2query
 func (q *inquiry) criteria() value {
 	until := make(map[KeyID]time.Time, len(q.wanted))
 	for _, key := range q.wanted {
@@ -538,11 +539,7 @@ func (q *inquiry) criteria() value {
 	}
 	fields := make([]field, 0, len(until))
 	for id, at := range until {
-		minimum := value("{}")
-		if !at.IsZero() {
-			minimum = object(field{"minimum_valid_until_ts", keyTimestamp(at)})
-		}
-		fields = append(fields, field{string(id), minimum})
+		fields = append(fields, field{string(id), object(field{"minimum_valid_until_ts", keyTimestamp(at)})})
 	}
 	return object(fields...)
 }
