@@ -47,7 +47,7 @@ func TestWriteError_StatusOfEachCode(t *testing.T) {
 			got, body, header := writtenError(t, err)
 			require.Equal(t, status, got, "%s: %v", code, err)
 			require.Equal(t, string(code), body["errcode"])
-			require.Equal(t, "", body["error"])
+			require.Equal(t, strings.ToLower(strings.ReplaceAll(strings.TrimPrefix(string(code), "M_"), "_", " ")), body["error"])
 			require.Equal(t, status == 429, header.Get("Retry-After") != "")
 		}
 	}
@@ -67,23 +67,23 @@ func TestWriteError_HostErrors(t *testing.T) {
 		"deadline":                        {fmt.Errorf("secret: %w", context.DeadlineExceeded), 503, `{"errcode":"M_UNKNOWN","error":"timed out"}`},
 		"cancelled":                       {context.Canceled, 503, `{"errcode":"M_UNKNOWN","error":"timed out"}`},
 		"message":                         {&mxfed.Error{Code: mxfed.ErrForbidden, Message: "not <you> & \"me\"\n"}, 403, `{"errcode":"M_FORBIDDEN","error":"not <you> & \"me\"\n"}`},
-		"status of its own":               {&mxfed.Error{Code: mxfed.ErrUnrecognized, Status: 405}, 405, `{"errcode":"M_UNRECOGNIZED","error":""}`},
+		"status of its own":               {&mxfed.Error{Code: mxfed.ErrUnrecognized, Status: 405}, 405, `{"errcode":"M_UNRECOGNIZED","error":"unrecognized"}`},
 		"no code":                         {&mxfed.Error{Message: "x"}, 500, `{"errcode":"M_UNKNOWN","error":"x"}`},
-		"status that is none":             {&mxfed.Error{Code: mxfed.ErrForbidden, Status: 42}, 403, `{"errcode":"M_FORBIDDEN","error":""}`},
-		"negative status":                 {&mxfed.Error{Code: mxfed.ErrForbidden, Status: -1}, 403, `{"errcode":"M_FORBIDDEN","error":""}`},
-		"status of success":               {&mxfed.Error{Code: mxfed.ErrForbidden, Status: 200}, 403, `{"errcode":"M_FORBIDDEN","error":""}`},
-		"room version":                    {&mxfed.Error{Code: mxfed.ErrIncompatibleRoomVersion, RoomVersion: "11"}, 400, `{"errcode":"M_INCOMPATIBLE_ROOM_VERSION","error":"","room_version":"11"}`},
-		"contact":                         {&mxfed.Error{Code: mxfed.ErrResourceLimitExceeded, AdminContact: "mailto:a@x\xff"}, 403, "{\"errcode\":\"M_RESOURCE_LIMIT_EXCEEDED\",\"error\":\"\",\"admin_contact\":\"mailto:a@x\ufffd\"}"},
+		"status that is none":             {&mxfed.Error{Code: mxfed.ErrForbidden, Status: 42}, 403, `{"errcode":"M_FORBIDDEN","error":"forbidden"}`},
+		"negative status":                 {&mxfed.Error{Code: mxfed.ErrForbidden, Status: -1}, 403, `{"errcode":"M_FORBIDDEN","error":"forbidden"}`},
+		"status of success":               {&mxfed.Error{Code: mxfed.ErrForbidden, Status: 200}, 403, `{"errcode":"M_FORBIDDEN","error":"forbidden"}`},
+		"room version":                    {&mxfed.Error{Code: mxfed.ErrIncompatibleRoomVersion, RoomVersion: "11"}, 400, `{"errcode":"M_INCOMPATIBLE_ROOM_VERSION","error":"incompatible room version","room_version":"11"}`},
+		"contact":                         {&mxfed.Error{Code: mxfed.ErrResourceLimitExceeded, AdminContact: "mailto:a@x\xff"}, 403, "{\"errcode\":\"M_RESOURCE_LIMIT_EXCEEDED\",\"error\":\"resource limit exceeded\",\"admin_contact\":\"mailto:a@x\ufffd\"}"},
 		"message is no UTF-8":             {&mxfed.Error{Code: mxfed.ErrForbidden, Message: "a\xffb"}, 403, "{\"errcode\":\"M_FORBIDDEN\",\"error\":\"a\ufffdb\"}"},
 		"cause is not sent":               {&mxfed.Error{Code: mxfed.ErrForbidden, Message: "no", Err: errors.New("secret")}, 403, `{"errcode":"M_FORBIDDEN","error":"no"}`},
 		"received":                        {received, 502, remote},
 		"received, wrapped":               {fmt.Errorf("invite: %w", received), 502, remote},
-		"own with a received cause":       {&mxfed.Error{Code: mxfed.ErrNotFound, Err: received}, 404, `{"errcode":"M_NOT_FOUND","error":""}`},
-		"own code before a received one":  {fmt.Errorf("%w: %w", mxfed.ErrNotFound, received), 404, `{"errcode":"M_NOT_FOUND","error":""}`},
+		"own with a received cause":       {&mxfed.Error{Code: mxfed.ErrNotFound, Err: received}, 404, `{"errcode":"M_NOT_FOUND","error":"not found"}`},
+		"own code before a received one":  {fmt.Errorf("%w: %w", mxfed.ErrNotFound, received), 404, `{"errcode":"M_NOT_FOUND","error":"not found"}`},
 		"received before a code":          {errors.Join(received, mxfed.ErrNotFound), 502, remote},
 		"received with a code as cause":   {&mxfed.Error{Code: mxfed.ErrForbidden, Server: "o", Err: mxfed.ErrNotFound}, 502, remote},
 		"own error before a code":         {errors.Join(&mxfed.Error{Code: mxfed.ErrForbidden, Message: "no"}, mxfed.ErrNotFound), 403, `{"errcode":"M_FORBIDDEN","error":"no"}`},
-		"code before an own error":        {errors.Join(mxfed.ErrNotFound, &mxfed.Error{Code: mxfed.ErrForbidden, Message: "no"}), 404, `{"errcode":"M_NOT_FOUND","error":""}`},
+		"code before an own error":        {errors.Join(mxfed.ErrNotFound, &mxfed.Error{Code: mxfed.ErrForbidden, Message: "no"}), 404, `{"errcode":"M_NOT_FOUND","error":"not found"}`},
 		"what a client is told of a join": {mxfed.ClientError(&mxfed.Error{Code: mxfed.ErrForbidden, Message: "banned", Status: 403, Server: "o", Endpoint: "make_join"}), 403, `{"errcode":"M_FORBIDDEN","error":"banned"}`},
 		"what it is told of no answer":    {mxfed.ClientError(&mxfed.Error{Code: mxfed.ErrUnknown, Server: "o"}), 504, `{"errcode":"M_UNKNOWN","error":"the other server could not be reached"}`},
 	} {
