@@ -236,6 +236,11 @@ func (c *Client) buildAs(ctx context.Context, signer *Signer, d *Draft, more ...
 	if err != nil {
 		return nil, nil, err
 	}
+	if material.isJoin() && room.needsCondition(d.Sender) {
+		if room, rules, err = c.conditionalJoin(ctx, material, ask, room); err != nil {
+			return nil, nil, err
+		}
+	}
 	if d.Version != "" && d.Version != rules.version {
 		return nil, nil, refuse(ErrInvalidParam, "the room is of version %s, not %s", rules.version, d.Version)
 	}

@@ -23,6 +23,13 @@ type draft struct {
 	origin     ServerName // "" leaves the member out
 }
 
+// isJoin tells whether d is the join of its sender, which says nothing of who authorises it.
+func (d *draft) isJoin() bool {
+	membership, _ := d.content.get("membership").str()
+	return membership == "join" && d.typ == typeMember && d.stateKey != nil && *d.stateKey == string(d.sender) &&
+		d.content.get("join_authorised_via_users_server") == ""
+}
+
 // originFor is the member origin of an event of an own server: room versions up to 10 protect it from redaction, and some
 // servers still expect it there.
 func originFor(rules *roomRules, own ServerName) ServerName {

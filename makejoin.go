@@ -44,16 +44,23 @@ func (s *Server) makeJoin(ctx context.Context, in *incoming) (*template, error) 
 	}
 	d := newMemberDraft(in.room(), UserID(in.id()), "join")
 	if room.needsCondition(d.sender) {
-		ask.User, ask.Allow, ask.Local = d.sender, room.checkable(), true
-		ask.State = withKeys(ask.State, room.powerful(in.To)...)
-		if room, rules, err = readRoom(ctx, s.client.rooms, in.room(), ask); err != nil {
-			return nil, err
-		}
-		if err := room.authoriseJoin(d, in.To); err != nil {
+		if room, rules, err = s.client.conditionalJoin(ctx, d, ask, room); err != nil {
 			return nil, err
 		}
 	}
 	return s.template(d, rules, room, in.To)
+}
+
+// conditionalJoin asks for what decides about a join that needs a condition, room being the answer to ask, and completes
+// the draft of one that is let in.
+func (c *Client) conditionalJoin(ctx context.Context, d *draft, ask RoomQuery, room *Room) (*Room, *roomRules, error) {
+	ask.User, ask.Allow, ask.Local = d.sender, room.checkable(), true
+	ask.State = withKeys(ask.State, room.powerful(ask.To)...)
+	room, rules, err := readRoom(ctx, c.rooms, d.room, ask)
+	if err == nil {
+		err = room.authoriseJoin(d, ask.To)
+	}
+	return room, rules, err
 }
 
 // checkVersions demands that the caller supports the room's version. One that names none supports "1".

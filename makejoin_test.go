@@ -438,6 +438,41 @@ func TestMakeJoin_Restricted(t *testing.T) {
 	})
 }
 
+// A local user's own join needs the same, and is refused for the same reasons.
+func TestBuild_RestrictedJoin(t *testing.T) {
+	forEachRestricted(t, func(t *testing.T, v mxfed.RoomVersion, rule string, c *srvCondition) {
+		s := newSrvSite(t)
+		room := c.room(t, s, v, rule)
+		user := "@carol:us.example"
+		s.reset()
+		draft := &mxfed.Draft{Room: room.id, Type: "m.room.member", StateKey: &user, Sender: mxfed.UserID(user), Content: json.RawMessage(`{"membership":"join"}`)}
+		e, err := s.server.Build(t.Context(), draft)
+		if c.status != 200 {
+			require.ErrorIs(t, err, c.code)
+			require.Zero(t, s.signing.made.Load())
+			return
+		}
+		require.NoError(t, err)
+		by := cmp.Or(c.by, room.admin)
+		require.Equal(t, map[string]any{"membership": "join", "join_authorised_via_users_server": by}, srvObject(t, e.Content()))
+		require.Contains(t, e.Auth(), room.state[mxfed.StateKey{Type: "m.room.member", Key: by}].ID())
+		require.NoError(t, s.server.Verify(t.Context(), e)[0])
+		require.NoError(t, e.Check(room.facts(e.Query())))
+
+		draft.Content = json.RawMessage(`{"membership":"join","join_authorised_via_users_server":"@nobody:us.example"}`)
+		_, err = s.server.Build(t.Context(), draft)
+		require.ErrorIs(t, err, mxfed.ErrForbidden)
+
+		room.set(t, s.own, room.admin, "m.room.member", user, map[string]any{"membership": "invite"})
+		draft.Content = json.RawMessage(`{"membership":"join"}`)
+		e, err = s.server.Build(t.Context(), draft)
+		if c.local == "" { // the admin, who invites, is there
+			require.NoError(t, err)
+			require.JSONEq(t, string(draft.Content), string(e.Content()))
+		}
+	})
+}
+
 // Who is invited or in the room needs no condition, and nobody's authorisation.
 func TestMakeJoin_RestrictedButInvited(t *testing.T) {
 	for _, v := range []mxfed.RoomVersion{"8", "10", "12"} {

@@ -112,8 +112,8 @@ func (s *Server) Client() *Client { return s.client }
 
 // Build completes an event of a local user from the facts of Config.Rooms, authorises it by the room's rules and signs it.
 // It is the only way to sign an event of one's own; storing it and sending it to the room's servers is up to the host. An
-// event that the room does not allow is ErrForbidden; whether a restricted room's conditions let a user of one's own in is
-// for the host to look at, who names the authorising user in the content. The room's policy server, if it has one, is asked
+// event that the room does not allow is ErrForbidden; the join of a restricted room is checked and authorised as one by
+// another server's user is, unless its content names who authorises it. The room's policy server, if it has one, is asked
 // to sign too: an event that it refuses, or cannot be asked about, is not returned.
 // https://spec.matrix.org/v1.19/server-server-api/#signing-events
 func (s *Server) Build(ctx context.Context, d *Draft) (*Event, error) {

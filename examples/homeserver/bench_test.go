@@ -55,32 +55,22 @@ func prepareBigRoom(b *testing.B, big *synthroom.Room, name mxfed.ServerName, fi
 	s, err := openServer(b.Context(), settings{Name: name, Database: file})
 	require.NoError(b, err)
 	defer s.close()
-	require.NoError(b, s.db.update(b.Context(), "", func(t *tx) error {
-		return t.exec(`INSERT INTO rooms (id, version) VALUES ($1, $2)`, big.ID, synthroom.Version)
-	}))
-	taken := &intake{server: s, room: mxfed.RoomID(big.ID)}
-	var latest *mxfed.Event
-	for _, pdu := range big.State {
-		latest, err = mxfed.ParseEvent(synthroom.Version, pdu)
-		require.NoError(b, err)
-		require.NoError(b, taken.take(b.Context(), latest, true))
-		size += len(pdu)
-	}
-	require.NoError(b, taken.flush(b.Context()))
-	require.NoError(b, s.db.update(b.Context(), big.ID, func(t *tx) error {
-		r := &room{id: taken.room, version: synthroom.Version}
-		group, err := t.wholeGroup(taken.room)
-		if err != nil {
-			return err
+	result, id := &mxfed.JoinResult{}, mxfed.RoomID(big.ID)
+	require.NoError(b, s.takeIn(b.Context(), id, func(k *intake) (map[mxfed.EventID]error, error) {
+		for _, pdu := range big.State {
+			if result.Event, err = mxfed.ParseEvent(synthroom.Version, pdu); err != nil {
+				return nil, err
+			}
+			if err := k.take(b.Context(), result.Event, true); err != nil {
+				return nil, err
+			}
+			size += len(pdu)
 		}
-		if err := t.acceptStaged(taken.room); err != nil {
-			return err
-		}
-		return t.add(r, &addition{event: latest, before: state{group: group}})
-	}))
-	user, err := s.register(b.Context(), "resident", "")
+		return nil, nil
+	}, func(t *tx, k *intake) error { return t.enter(k, result) }))
+	in, _, err := s.register(b.Context(), "resident", "")
 	require.NoError(b, err)
-	_, err = s.sendMember(b.Context(), user, taken.room, user, "join", nil)
+	_, err = s.sendMember(b.Context(), in.User, id, in.User, "join", nil)
 	require.NoError(b, err)
 	return size
 }
@@ -107,8 +97,8 @@ func waitWhole(b *testing.B, name mxfed.ServerName, file string, id mxfed.RoomID
 	defer db.close()
 	for n := 0; n < members; time.Sleep(50 * time.Millisecond) {
 		require.NoError(b, db.view(context.Background(), func(t *tx) error {
-			_, err := t.row(`SELECT count(*) FROM current_state WHERE room = $1`, []any{id}, &n)
-			return err
+			n, _ = one[int](t, `SELECT count(*) FROM state WHERE room = ? AND until = ?`, id, int64(forever))
+			return nil
 		}))
 	}
 }

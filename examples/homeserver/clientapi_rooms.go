@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"encoding/json"
 	"errors"
 	"net/http"
@@ -11,157 +10,86 @@ import (
 	"example.org/mxfed"
 )
 
-// This file is what users do to rooms.
+// This file is what users do to rooms, what they see of them, and what rooms and users are called.
 
 // https://spec.matrix.org/v1.19/client-server-api/#post_matrixclientv3createroom
 func (c *clientAPI) postRoom(q *request) (any, error) {
-	var body struct {
-		Preset          string            `json:"preset"`
-		Visibility      string            `json:"visibility"`
-		Version         mxfed.RoomVersion `json:"room_version"`
-		Name            string            `json:"name"`
-		Topic           string            `json:"topic"`
-		Alias           string            `json:"room_alias_name"`
-		Direct          bool              `json:"is_direct"`
-		Invite          []mxfed.UserID    `json:"invite"`
-		State           []stateEntry      `json:"initial_state"`
-		CreationContent json.RawMessage   `json:"creation_content"`
-		PowerLevels     json.RawMessage   `json:"power_level_content_override"`
-	}
-	if err := decode(q.Request, &body); err != nil {
+	var body roomRequest
+	if err := q.decode(&body); err != nil {
 		return nil, err
 	}
 	if body.Version != "" && !slices.Contains(roomVersions(), string(body.Version)) {
 		return nil, mxfed.ErrUnsupportedRoomVersion
 	}
-	preset := "private_chat"
-	if body.Visibility == "public" {
-		preset = "public_chat"
-	}
-	room, err := c.createRoom(q.Context(), q.User, &roomRequest{Version: body.Version, Preset: cmp.Or(body.Preset, preset), Name: body.Name,
-		Topic: body.Topic, Alias: body.Alias, Direct: body.Direct, Invite: body.Invite, State: body.State,
-		CreationContent: body.CreationContent, PowerLevels: body.PowerLevels})
+	room, err := c.createRoom(q.Context(), q.User, &body)
 	if errors.Is(err, errRoomInUse) { // the directory has another status for it
-		err = &mxfed.Error{Code: errRoomInUse, Message: "the alias is taken", Status: http.StatusBadRequest, Err: err}
+		err = refusal(http.StatusBadRequest, errRoomInUse, "there is such an alias")
 	}
-	return roomAnswer(room), err
-}
-
-func roomAnswer(room mxfed.RoomID) any { return map[string]any{"room_id": room} }
-
-// https://spec.matrix.org/v1.19/client-server-api/#joining-rooms
-func (c *clientAPI) join(q *request) (any, error) {
-	room, via, content, err := c.entrance(q)
-	if err == nil {
-		err = c.joinRoom(q.Context(), q.User, room, via, content)
-	}
-	return roomAnswer(room), err
-}
-
-// https://spec.matrix.org/v1.19/client-server-api/#post_matrixclientv3knockroomidoralias
-func (c *clientAPI) knock(q *request) (any, error) {
-	room, via, content, err := c.entrance(q)
-	if err == nil {
-		err = c.knockOn(q.Context(), q.User, room, via, content)
-	}
-	return roomAnswer(room), err
-}
-
-// entrance reads which room is meant, by ID or alias, through which servers one may get there, and the reason that is given.
-func (c *clientAPI) entrance(q *request) (room mxfed.RoomID, via []mxfed.ServerName, content json.RawMessage, err error) {
-	var body reason
-	if err := decode(q.Request, &body); err != nil {
-		return "", nil, nil, err
-	}
-	query := q.URL.Query()
-	for _, name := range append(query["via"], query["server_name"]...) {
-		via = append(via, mxfed.ServerName(name))
-	}
-	room = q.room()
-	if strings.HasPrefix(string(room), "#") {
-		found, err := c.resolveAlias(q.Context(), mxfed.RoomAlias(room))
-		if err != nil {
-			return "", nil, nil, err
-		}
-		room, via = found.Room, append(via, found.Servers...)
-	}
-	if !strings.HasPrefix(string(room), "!") {
-		err = &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "neither a room ID nor an alias"}
-	}
-	return room, via, body.content(), err
+	return map[string]any{"room_id": room}, err
 }
 
 // reason is all that goes from such requests into the member event.
 type reason struct {
-	Reason string `json:"reason"`
+	Reason string `json:"reason,omitempty"`
 }
 
-func (r reason) content() json.RawMessage {
-	if r.Reason == "" {
-		return nil
-	}
-	return asJSON(map[string]string{"reason": r.Reason})
-}
-
-// https://spec.matrix.org/v1.19/client-server-api/#leaving-rooms
-func (c *clientAPI) leave(q *request) (any, error) {
-	var body reason
-	if err := decode(q.Request, &body); err != nil {
-		return nil, err
-	}
-	return empty{}, c.leaveRoom(q.Context(), q.User, q.room(), body.content())
-}
-
-func (c *clientAPI) postForget(q *request) (any, error) {
-	return empty{}, c.forget(q.Context(), q.User, q.room())
-}
-
-// target is whom an invite, kick or ban is about.
-type target struct {
-	User mxfed.UserID `json:"user_id"`
-	reason
-}
-
-func (q *request) target() (t target, err error) {
-	if err = decode(q.Request, &t); err != nil {
-		return t, err
-	}
-	if t.User == "" {
-		return t, &mxfed.Error{Code: mxfed.ErrMissingParam, Message: "user_id is missing"}
-	}
-	if !strings.HasPrefix(string(t.User), "@") || t.User.Server() == "" {
-		return t, &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "user_id is none"}
-	}
-	return t, nil
-}
-
-// https://spec.matrix.org/v1.19/client-server-api/#post_matrixclientv3roomsroomidinvite
-func (c *clientAPI) invite(q *request) (any, error) {
-	t, err := q.target()
-	if err != nil {
-		return nil, err
-	}
-	return empty{}, c.inviteUser(q.Context(), q.User, q.room(), t.User, t.content())
-}
-
-// moderate kicks, bans or unbans. Somebody who is not there cannot be kicked, nor unbanned who is not banned: the rules of
-// the room would let both happen. https://spec.matrix.org/v1.19/client-server-api/#post_matrixclientv3roomsroomidkick
-func (c *clientAPI) moderate(membership string, of ...string) func(*request) (any, error) {
+// postOwn has users join, knock and leave. https://spec.matrix.org/v1.19/client-server-api/#joining-rooms
+func (c *clientAPI) postOwn(membership string) endpoint {
 	return func(q *request) (any, error) {
-		t, err := q.target()
-		if err != nil {
+		var body reason
+		if err := q.decode(&body); err != nil {
 			return nil, err
 		}
-		now, err := c.member(q, t.User)
-		if err != nil {
-			return nil, err
+		room, via, err := c.entrance(q)
+		if err == nil {
+			err = c.setMember(q, room, q.User, membership, via, asJSON(body))
 		}
-		if len(of) > 0 && !slices.Contains(of, now.Membership()) {
-			return nil, &mxfed.Error{Code: mxfed.ErrForbidden, Message: "the user's membership is not " + strings.Join(of, " or ")}
-		}
-		return empty{}, c.setMembership(q.Context(), q.User, q.room(), t.User, membership, t.content())
+		return map[string]any{"room_id": room}, err
 	}
 }
+
+// entrance reads which room is meant, by ID or alias, and through which servers one may get there.
+func (c *clientAPI) entrance(q *request) (room mxfed.RoomID, via []mxfed.ServerName, err error) {
+	query := q.URL.Query()
+	for _, name := range append(query["via"], query["server_name"]...) {
+		via = append(via, mxfed.ServerName(name))
+	}
+	name := q.PathValue("room")
+	if strings.HasPrefix(name, "!") {
+		return mxfed.RoomID(name), via, nil
+	}
+	found, err := c.resolveAlias(q.Context(), mxfed.RoomAlias(name))
+	if err != nil {
+		return "", nil, err
+	}
+	return found.Room, append(via, found.Servers...), nil
+}
+
+// postOther has users invite, kick, ban and unban others. Somebody who is not there cannot be kicked, nor unbanned who is not
+// banned: the rules of the room would let both happen. https://spec.matrix.org/v1.19/client-server-api/#post_matrixclientv3roomsroomidkick
+func (c *clientAPI) postOther(membership string, of ...string) endpoint {
+	return func(q *request) (any, error) {
+		var body struct {
+			User mxfed.UserID `json:"user_id"`
+			reason
+		}
+		if err := q.decode(&body); err != nil {
+			return nil, err
+		}
+		if !strings.HasPrefix(string(body.User), "@") || body.User.Server() == "" {
+			return nil, refusal(http.StatusBadRequest, mxfed.ErrInvalidParam, "user_id is none")
+		}
+		if len(of) > 0 {
+			now, err := c.member(q, body.User)
+			if err != nil || !slices.Contains(of, now.Membership()) {
+				return nil, orForbidden(err, "the user's membership is not "+strings.Join(of, " or "))
+			}
+		}
+		return empty{}, c.setMember(q, q.room(), body.User, membership, nil, asJSON(body.reason))
+	}
+}
+
+func (q *request) room() mxfed.RoomID { return mxfed.RoomID(q.PathValue("room")) }
 
 // member is the room's member event about a user, nil if there is none.
 func (c *clientAPI) member(q *request, user mxfed.UserID) (*mxfed.Event, error) {
@@ -172,81 +100,127 @@ func (c *clientAPI) member(q *request, user mxfed.UserID) (*mxfed.Event, error) 
 	return found[0].Event, nil
 }
 
+// setMember takes a change of membership to where its kind is dealt with, as other servers may have to be asked.
+func (c *clientAPI) setMember(q *request, room mxfed.RoomID, user mxfed.UserID, membership string, via []mxfed.ServerName,
+	content json.RawMessage) error {
+	own := user == q.User
+	switch {
+	case membership == "invite":
+		return c.inviteUser(q.Context(), q.User, room, user, content)
+	case membership == "join" && own:
+		return c.joinRoom(q.Context(), user, room, via, content)
+	case membership == "knock" && own:
+		return c.knockOn(q.Context(), user, room, via, content)
+	case membership == "leave" && own:
+		return c.leaveRoom(q.Context(), user, room, content)
+	}
+	_, err := c.sendMember(q.Context(), q.User, room, user, membership, content)
+	return err
+}
+
 // https://spec.matrix.org/v1.19/client-server-api/#put_matrixclientv3roomsroomidsendeventtypetxnid
 func (c *clientAPI) putEvent(q *request) (any, error) {
-	m := &message{Sender: q.User, Room: q.room(), Type: q.PathValue("type"), Device: q.Device, Txn: q.PathValue("txn")}
-	if err := decode(q.Request, &m.Content); err != nil {
-		return nil, err
-	}
-	if m.Type == "m.room.redaction" { // in all room versions the endpoint of its own takes it to the right place
-		return nil, &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "redact events with /redact"}
-	}
-	return eventAnswer(c.send(q.Context(), m))
-}
-
-func eventAnswer(id mxfed.EventID, err error) (any, error) {
-	return map[string]any{"event_id": id}, err
-}
-
-// https://spec.matrix.org/v1.19/client-server-api/#put_matrixclientv3roomsroomidredacteventidtxnid
-func (c *clientAPI) redact(q *request) (any, error) {
-	var body reason
-	if err := decode(q.Request, &body); err != nil {
-		return nil, err
-	}
-	return eventAnswer(c.send(q.Context(), &message{Sender: q.User, Room: q.room(), Type: "m.room.redaction", Content: asJSON(body),
-		Redacts: mxfed.EventID(q.PathValue("event")), Device: q.Device, Txn: q.PathValue("txn")}))
+	return c.put(q, &message{Sender: q.User, Room: q.room(), Type: q.PathValue("type"), Device: q.Device, Txn: q.PathValue("txn")})
 }
 
 // https://spec.matrix.org/v1.19/client-server-api/#put_matrixclientv3roomsroomidstateeventtypestatekey
 func (c *clientAPI) putState(q *request) (any, error) {
 	key := q.PathValue("key")
-	m := &message{Sender: q.User, Room: q.room(), Type: q.PathValue("type"), StateKey: &key}
-	if err := decode(q.Request, &m.Content); err != nil {
-		return nil, err
-	}
-	if m.Type == "m.room.member" {
-		return c.putMember(q, mxfed.UserID(key), m)
-	}
-	return eventAnswer(c.send(q.Context(), m))
+	return c.put(q, &message{Sender: q.User, Room: q.room(), Type: q.PathValue("type"), StateKey: &key})
 }
 
-// putMember takes member events to where their kind is dealt with, as other servers may have to be asked.
-func (c *clientAPI) putMember(q *request, user mxfed.UserID, m *message) (any, error) {
-	var content struct {
-		Membership string `json:"membership"`
+// put sends an event with the content in the body.
+func (c *clientAPI) put(q *request, m *message) (any, error) {
+	if err := q.decode(&m.Content); err != nil {
+		return nil, err
 	}
+	if m.Type != "m.room.member" || m.StateKey == nil {
+		id, err := c.send(q.Context(), m)
+		return map[string]any{"event_id": id}, err
+	}
+	var content struct{ Membership string }
 	if err := json.Unmarshal(m.Content, &content); err != nil {
-		return nil, &mxfed.Error{Code: mxfed.ErrBadJSON, Message: "membership is no string"}
+		return nil, refusal(http.StatusBadRequest, mxfed.ErrBadJSON, "membership is no string")
 	}
-	var err error
-	switch {
-	case content.Membership == "invite":
-		err = c.inviteUser(q.Context(), q.User, q.room(), user, m.Content)
-	case content.Membership == "join" && user == q.User:
-		err = c.joinRoom(q.Context(), user, q.room(), nil, m.Content)
-	case content.Membership == "knock" && user == q.User:
-		err = c.knockOn(q.Context(), user, q.room(), nil, m.Content)
-	case content.Membership == "leave" && user == q.User:
-		err = c.leaveRoom(q.Context(), user, q.room(), m.Content)
-	default:
-		return eventAnswer(c.send(q.Context(), m))
-	}
-	if err != nil {
+	user := mxfed.UserID(*m.StateKey)
+	if err := c.setMember(q, m.Room, user, content.Membership, nil, m.Content); err != nil {
 		return nil, err
 	}
 	now, err := c.member(q, user)
-	return eventAnswer(now.ID(), err)
+	return map[string]any{"event_id": now.ID()}, err
 }
 
-// https://spec.matrix.org/v1.19/client-server-api/#get_matrixclientv3joined_rooms
-func (c *clientAPI) joinedRooms(q *request) (any, error) {
-	all, err := c.memberships(q.Context(), q.User, 0)
-	rooms := make([]mxfed.RoomID, 0, len(all))
-	for _, m := range all {
-		if m.Membership == "join" {
-			rooms = append(rooms, m.Room)
-		}
+// https://spec.matrix.org/v1.19/client-server-api/#get_matrixclientv3roomsroomidstate
+func (c *clientAPI) getState(q *request) (any, error) {
+	state, err := c.roomState(q.Context(), q.User, q.room())
+	return q.format(q.room(), state), err
+}
+
+// https://spec.matrix.org/v1.19/client-server-api/#get_matrixclientv3roomsroomidstateeventtypestatekey
+func (c *clientAPI) getStateEntry(q *request) (any, error) {
+	found, err := c.roomState(q.Context(), q.User, q.room(), mxfed.StateKey{Type: q.PathValue("type"), Key: q.PathValue("key")})
+	if err != nil || len(found) == 0 {
+		return nil, orNotFound(err)
 	}
-	return map[string]any{"joined_rooms": rooms}, err
+	return found[0].Content(), nil
+}
+
+// getProfile answers with the whole profile, or one field. https://spec.matrix.org/v1.19/client-server-api/#get_matrixclientv3profileuserid
+func (c *clientAPI) getProfile(q *request) (any, error) {
+	p, err := c.profileOf(q.Context(), mxfed.UserID(q.PathValue("user")))
+	name := q.PathValue("field")
+	if err != nil || name == "" {
+		return p, err
+	}
+	field := p.field(name)
+	if field == nil || *field == "" {
+		return nil, mxfed.ErrNotFound
+	}
+	return map[string]string{name: *field}, nil
+}
+
+// field is one of those that this server keeps, or nil.
+func (p *profile) field(name string) *string {
+	return map[string]*string{"displayname": &p.DisplayName, "avatar_url": &p.AvatarURL}[name]
+}
+
+// https://spec.matrix.org/v1.19/client-server-api/#put_matrixclientv3profileuseridkeyname
+func (c *clientAPI) putProfile(q *request) (any, error) {
+	if q.PathValue("user") != string(q.User) {
+		return nil, orForbidden(nil, "that is somebody else's profile")
+	}
+	var body map[string]string
+	if err := q.decode(&body); err != nil {
+		return nil, err
+	}
+	p, err := c.profileOf(q.Context(), q.User)
+	if err != nil {
+		return nil, err
+	}
+	field := p.field(q.PathValue("field"))
+	if field == nil {
+		return nil, orForbidden(nil, "only displayname and avatar_url are kept here")
+	}
+	*field = body[q.PathValue("field")]
+	return empty{}, c.setProfile(q.Context(), q.User, p)
+}
+
+// https://spec.matrix.org/v1.19/client-server-api/#get_matrixclientv3directoryroomroomalias
+func (c *clientAPI) getAlias(q *request) (any, error) {
+	found, err := c.resolveAlias(q.Context(), mxfed.RoomAlias(q.PathValue("alias")))
+	if err != nil {
+		return nil, err
+	}
+	return map[string]any{"room_id": found.Room, "servers": found.Servers}, nil
+}
+
+// https://spec.matrix.org/v1.19/client-server-api/#put_matrixclientv3directoryroomroomalias
+func (c *clientAPI) putAlias(q *request) (any, error) {
+	var body struct {
+		Room mxfed.RoomID `json:"room_id"`
+	}
+	if err := q.decode(&body); err != nil {
+		return nil, err
+	}
+	return empty{}, c.setAlias(q.Context(), q.User, mxfed.RoomAlias(q.PathValue("alias")), body.Room)
 }

@@ -1,19 +1,23 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	_ "embed"
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"math/rand/v2"
 	"strings"
 	"time"
 
 	"example.org/mxfed"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	_ "github.com/jackc/pgx/v5/stdlib" // the driver "pgx"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/jmoiron/sqlx"
 	"modernc.org/sqlite"
 )
 
@@ -25,7 +29,7 @@ var schema string
 
 // database is SQLite or PostgreSQL. SQLite has one writer and any number of readers, so that it gets two pools.
 type database struct {
-	read, write *sql.DB
+	read, write *sqlx.DB
 	url         string           // of PostgreSQL; empty for SQLite
 	own         mxfed.ServerName // whose database it is
 	log         *slog.Logger
@@ -38,11 +42,7 @@ func openDatabase(ctx context.Context, source string, own mxfed.ServerName, log 
 	var err error
 	if strings.HasPrefix(source, "postgres://") || strings.HasPrefix(source, "postgresql://") {
 		db.url = source
-		if db.write, err = sql.Open("pgx", source); err == nil {
-			db.read = db.write
-			db.write.SetMaxOpenConns(16)
-			db.write.SetMaxIdleConns(16)
-		}
+		err = db.openServer(source)
 	} else {
 		err = db.openFile(source)
 	}
@@ -55,14 +55,28 @@ func openDatabase(ctx context.Context, source string, own mxfed.ServerName, log 
 	return db, nil
 }
 
+// openServer opens PostgreSQL, which takes recursive queries for long ones, and would compile them.
+func (db *database) openServer(url string) error {
+	config, err := pgx.ParseConfig(url)
+	if err != nil {
+		return err
+	}
+	config.RuntimeParams["jit"] = "off"
+	db.write = sqlx.NewDb(stdlib.OpenDB(*config), "pgx")
+	db.read = db.write
+	db.write.SetMaxOpenConns(16)
+	db.write.SetMaxIdleConns(16)
+	return nil
+}
+
 // openFile opens SQLite. What was acknowledged is on the disk (synchronous), readers do not wait for the writer (WAL).
 func (db *database) openFile(path string) (err error) {
 	dsn := "file:" + path + "?_pragma=busy_timeout(10000)&_pragma=journal_mode(WAL)&_pragma=synchronous(FULL)&_pragma=foreign_keys(1)&_pragma=cache_size(-16000)"
-	if db.write, err = sql.Open("sqlite", dsn+"&_txlock=immediate"); err != nil {
+	if db.write, err = sqlx.Open("sqlite", dsn+"&_txlock=immediate"); err != nil {
 		return err
 	}
 	db.write.SetMaxOpenConns(1)
-	if db.read, err = sql.Open("sqlite", dsn+"&_pragma=query_only(1)"); err != nil {
+	if db.read, err = sqlx.Open("sqlite", dsn+"&_pragma=query_only(1)"); err != nil {
 		return err
 	}
 	db.read.SetMaxOpenConns(8)
@@ -77,50 +91,23 @@ func (db *database) postgres() bool { return db.url != "" }
 func (db *database) migrate(ctx context.Context) error {
 	return db.update(ctx, "", func(t *tx) error {
 		if db.postgres() {
-			if err := t.exec(`SELECT pg_advisory_xact_lock(7310579)`); err != nil {
-				return err
-			}
+			t.exec(`SELECT pg_advisory_xact_lock(7310579)`)
 		}
-		if err := t.exec(`CREATE TABLE IF NOT EXISTS schema_versions (version INTEGER PRIMARY KEY)`); err != nil {
-			return err
-		}
-		applied, err := list[int](t, `SELECT version FROM schema_versions`)
-		if err != nil {
-			return err
-		}
-		for i, part := range strings.Split(schema, "-- next version\n") {
-			if i < len(applied) {
-				continue
+		t.exec(`CREATE TABLE IF NOT EXISTS schema_versions (version INTEGER PRIMARY KEY)`)
+		applied, _ := one[int](t, `SELECT count(*) FROM schema_versions`)
+		parts := strings.Split(schema, "-- next version\n")
+		for i := applied; i < len(parts); i++ {
+			for statement := range strings.SplitSeq(strings.TrimSpace(parts[i]), ";\n") {
+				t.exec(statement)
 			}
-			if err := t.script(part); err != nil {
-				return err
-			}
-			if err := t.exec(`INSERT INTO schema_versions VALUES ($1)`, i+1); err != nil {
-				return err
-			}
+			t.exec(`INSERT INTO schema_versions VALUES (?)`, i+1)
 		}
 		return nil
 	})
 }
 
-// script runs statements one by one. The type of generated keys is the one thing that the databases name differently.
-func (t *tx) script(part string) error {
-	if !t.db.postgres() {
-		part = strings.ReplaceAll(part, "BIGSERIAL", "INTEGER")
-	}
-	for statement := range strings.SplitSeq(part, ";\n") {
-		if strings.TrimSpace(statement) == "" {
-			continue
-		}
-		if err := t.exec(statement); err != nil {
-			return fmt.Errorf("%w in %s", err, statement)
-		}
-	}
-	return nil
-}
-
 func (db *database) close() (err error) {
-	for _, pool := range []*sql.DB{db.read, db.write} {
+	for _, pool := range []*sqlx.DB{db.read, db.write} {
 		if pool != nil {
 			err = errors.Join(err, pool.Close())
 		}
@@ -128,55 +115,53 @@ func (db *database) close() (err error) {
 	return err
 }
 
-// tx is a transaction, with the context of the call that it serves.
+// tx is a transaction, with the context of the call that it serves. Once the database has failed, nothing that is asked of
+// it does anything, and all rows are empty: whoever has opened the transaction gets the error. So errors that its methods
+// return always say what is wrong with a request.
 type tx struct {
-	*sql.Tx
+	*sqlx.Tx
 	ctx   context.Context
 	db    *database
+	err   error
 	moved bool // the stream of positions did
 
-	resolved map[string]state // by the groups that they were resolved from
+	resolved map[string]snapshot // by the events after which they are the state
 }
 
 // maxTries bounds how often a transaction is repeated that failed for the sake of others.
 const maxTries = 20
 
 // update runs f in a transaction, alone in the room if one is named, and commits. f may run several times.
-func (db *database) update(ctx context.Context, room string, f func(*tx) error) error {
+func (db *database) update(ctx context.Context, room mxfed.RoomID, f func(*tx) error) error {
 	for try := 1; ; try++ {
 		err := db.once(ctx, room, f)
 		if err == nil || try == maxTries || !collided(err) {
 			return err
 		}
-		select {
-		case <-time.After(time.Duration(rand.IntN(20*try)) * time.Millisecond):
-		case <-ctx.Done():
+		if sleep(ctx, time.Duration(rand.IntN(20*try))*time.Millisecond); ctx.Err() != nil {
 			return err
 		}
 	}
 }
 
-func (db *database) once(ctx context.Context, room string, f func(*tx) error) error {
-	sqlTx, err := db.write.BeginTx(ctx, nil)
+func (db *database) once(ctx context.Context, room mxfed.RoomID, f func(*tx) error) error {
+	sqlTx, err := db.write.BeginTxx(ctx, nil)
 	if err != nil {
 		return err
 	}
 	defer sqlTx.Rollback()
 	t := &tx{Tx: sqlTx, ctx: ctx, db: db}
 	if room != "" && db.postgres() { // SQLite has one writer anyway
-		if err := t.exec(`SELECT 1 FROM rooms WHERE id = $1 FOR UPDATE`, room); err != nil {
-			return err
-		}
+		t.exec(`SELECT 1 FROM rooms WHERE id = ? FOR UPDATE`, room)
 	}
-	if err := f(t); err != nil {
-		return err
-	}
+	err = f(t)
 	if t.moved && db.postgres() { // tells all processes, this one included, once it is committed
-		if err := t.exec(`SELECT pg_notify('` + channel + `', '')`); err != nil {
-			return err
-		}
+		t.exec(`SELECT pg_notify('` + channel + `', '')`)
 	}
-	if err := t.Commit(); err != nil {
+	if err = cmp.Or(t.err, err); err == nil {
+		err = t.Commit()
+	}
+	if err != nil {
 		return err
 	}
 	if t.moved && !db.postgres() {
@@ -201,62 +186,82 @@ func (db *database) view(ctx context.Context, f func(*tx) error) error {
 	if db.postgres() {
 		options.Isolation = sql.LevelRepeatableRead
 	}
-	sqlTx, err := db.read.BeginTx(ctx, options)
+	sqlTx, err := db.read.BeginTxx(ctx, options)
 	if err != nil {
 		return err
 	}
 	defer sqlTx.Rollback()
-	return f(&tx{Tx: sqlTx, ctx: ctx, db: db})
+	t := &tx{Tx: sqlTx, ctx: ctx, db: db}
+	err = f(t)
+	return cmp.Or(t.err, err)
 }
 
-func (t *tx) exec(query string, args ...any) error {
-	_, err := t.ExecContext(t.ctx, query, args...)
-	return err
+// exec is update for one statement.
+func (db *database) exec(ctx context.Context, query string, args ...any) error {
+	return db.update(ctx, "", func(t *tx) error {
+		t.exec(query, args...)
+		return nil
+	})
 }
 
-// changes is exec that tells whether it changed anything.
-func (t *tx) changes(query string, args ...any) (bool, error) {
-	result, err := t.ExecContext(t.ctx, query, args...)
-	if err != nil {
-		return false, err
+// query is view for one result.
+func query[T any](ctx context.Context, db *database, f func(*tx) T) (result T, err error) {
+	err = db.view(ctx, func(t *tx) error {
+		result = f(t)
+		return nil
+	})
+	return result, err
+}
+
+// fail notes down that the database has failed, or holds what it should not.
+func (t *tx) fail(err error) {
+	if t.err == nil {
+		t.err = err
 	}
-	n, err := result.RowsAffected()
-	return n > 0, err
 }
 
-// row reads one row and tells whether there is one.
-func (t *tx) row(query string, args []any, into ...any) (bool, error) {
-	err := t.QueryRowContext(t.ctx, query, args...).Scan(into...)
-	if errors.Is(err, sql.ErrNoRows) {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// each calls f for every row, with the row's Scan.
-func (t *tx) each(f func(scan func(...any) error) error, query string, args ...any) error {
-	rows, err := t.QueryContext(t.ctx, query, args...)
-	if err != nil {
-		return err
-	}
-	defer rows.Close()
-	for rows.Next() {
-		if err := f(rows.Scan); err != nil {
-			return err
+// list reads rows, of one column or of those that T has fields for. A slice stands for the values of an IN ( ); it must
+// not be empty, nor much longer than batch.
+func list[T any](t *tx, query string, args ...any) (rows []T) {
+	query, args = t.expand(query, args)
+	if t.err == nil {
+		if err := t.SelectContext(t.ctx, &rows, query, args...); err != nil {
+			t.fail(fmt.Errorf("%w in %s", err, query))
 		}
 	}
-	return rows.Err()
+	return rows
 }
 
-// list reads one column.
-func list[T any](t *tx, query string, args ...any) (values []T, err error) {
-	err = t.each(func(scan func(...any) error) error {
-		var v T
-		err := scan(&v)
-		values = append(values, v)
-		return err
-	}, query, args...)
-	return values, err
+// one reads one row and tells whether there is one.
+func one[T any](t *tx, query string, args ...any) (row T, found bool) {
+	rows := list[T](t, query, args...)
+	if len(rows) > 0 {
+		row = rows[0]
+	}
+	return row, len(rows) > 0
+}
+
+// exec tells whether it changed anything.
+func (t *tx) exec(query string, args ...any) (changed bool) {
+	query, args = t.expand(query, args)
+	if t.err != nil {
+		return false
+	}
+	result, err := t.ExecContext(t.ctx, query, args...)
+	if err != nil {
+		t.fail(fmt.Errorf("%w in %s", err, query))
+		return false
+	}
+	n, err := result.RowsAffected()
+	return err == nil && n > 0
+}
+
+func (t *tx) expand(query string, args []any) (string, []any) {
+	query, args, err := sqlx.In(query, args...)
+	if err != nil {
+		t.fail(fmt.Errorf("%w in %s", err, query))
+	}
+	return t.Rebind(query), args
 }
 
 // batch is how many rows a statement reads at a time, rowBatch how many it writes. Binding arguments takes time that grows
@@ -266,38 +271,7 @@ const (
 	rowBatch = 20
 )
 
-// in adds values to args and returns their placeholders, for IN ( ). They must not be more than batch.
-func in[T any](args *[]any, values []T) string {
-	if len(values) == 0 {
-		return "NULL" // which is in no list
-	}
-	marks := make([]string, len(values))
-	for i, v := range values {
-		*args = append(*args, v)
-		marks[i] = fmt.Sprintf("$%d", len(*args))
-	}
-	return strings.Join(marks, ", ")
-}
+// forever is the until of what holds now.
+const forever = math.MaxInt64
 
-// tuples adds rows of values to args and returns their placeholders, for VALUES.
-func tuples(args *[]any, rows ...[]any) string {
-	marks := make([]string, len(rows))
-	for i, row := range rows {
-		marks[i] = "(" + in(args, row) + ")"
-	}
-	return strings.Join(marks, ", ")
-}
-
-func millis(t time.Time) int64 {
-	if t.IsZero() {
-		return 0
-	}
-	return t.UnixMilli()
-}
-
-func timeOf(ms int64) time.Time {
-	if ms == 0 {
-		return time.Time{}
-	}
-	return time.UnixMilli(ms)
-}
+func now() int64 { return time.Now().UnixMilli() }

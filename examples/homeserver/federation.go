@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -38,13 +39,12 @@ func (s *server) endpoint(method string, serve func(*http.Request, *mxfed.Reques
 			return
 		}
 		in, err := s.fed.Authenticate(r)
-		if err != nil {
-			mxfed.WriteError(w, err)
-			return
+		var answer any
+		if err == nil {
+			answer, err = serve(r, in)
 		}
-		answer, err := serve(r, in)
 		if err != nil {
-			s.log.Debug("refused", "origin", in.Origin, "path", r.URL.Path, "err", err)
+			s.log.Debug("refused", "path", r.URL.Path, "err", err)
 			mxfed.WriteError(w, err)
 			return
 		}
@@ -57,10 +57,9 @@ func (s *server) endpoint(method string, serve func(*http.Request, *mxfed.Reques
 // https://spec.matrix.org/v1.19/server-server-api/#put_matrixfederationv1sendtxnid
 func (s *server) serveSend(r *http.Request, in *mxfed.Request) (any, error) {
 	ctx, id := r.Context(), r.PathValue("txn")
-	var answer string
-	err := s.db.view(ctx, func(t *tx) error {
-		_, err := t.row(`SELECT answer FROM transactions WHERE origin = $1 AND id = $2`, []any{in.Origin, id}, &answer)
-		return err
+	answer, err := query(ctx, s.db, func(t *tx) string {
+		answer, _ := one[string](t, `SELECT answer FROM transactions WHERE origin = ? AND id = ?`, in.Origin, id)
+		return answer
 	})
 	if err != nil || answer != "" {
 		return json.RawMessage(answer), err
@@ -74,9 +73,8 @@ func (s *server) serveSend(r *http.Request, in *mxfed.Request) (any, error) {
 		return nil, err
 	}
 	answer = string(asJSON(map[string]any{"pdus": results}))
-	return json.RawMessage(answer), s.db.update(ctx, "", func(t *tx) error {
-		return t.exec(`INSERT INTO transactions VALUES ($1, $2, $3) ON CONFLICT (origin) DO UPDATE SET id = excluded.id, answer = excluded.answer`, in.Origin, id, answer)
-	})
+	return json.RawMessage(answer), s.db.exec(ctx, `INSERT INTO transactions VALUES (?, ?, ?)
+		ON CONFLICT (origin) DO UPDATE SET id = excluded.id, answer = excluded.answer`, in.Origin, id, answer)
 }
 
 // receive takes events of a transaction, in order. What is wrong with one of them does not concern the others; an error
@@ -122,14 +120,25 @@ func isVerdict(err error) bool {
 func (s *server) parse(ctx context.Context, pdu json.RawMessage) (*mxfed.Event, error) {
 	var named struct {
 		Room mxfed.RoomID `json:"room_id"`
-		User string       `json:"state_key"`
+		User mxfed.UserID `json:"state_key"`
 	}
-	if json.Unmarshal(pdu, &named) != nil || strings.ContainsRune(string(named.Room)+named.User, 0) {
+	if json.Unmarshal(pdu, &named) != nil || strings.ContainsRune(string(named.Room)+string(named.User), 0) {
 		return nil, nil
 	}
-	version, err := s.versionFor(ctx, named.Room, mxfed.UserID(named.User))
-	if err != nil {
-		return nil, err
+	var version mxfed.RoomVersion
+	for waiting := true; waiting; {
+		err := s.db.view(ctx, func(t *tx) error {
+			_, waiting = one[int](t, `SELECT 1 FROM joining WHERE room = ? AND until > ?`, named.Room, now())
+			version, _ = one[mxfed.RoomVersion](t, `SELECT version FROM rooms WHERE id = ? UNION SELECT version FROM outside WHERE room = ? AND user_id = ?`,
+				named.Room, named.Room, named.User)
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
+		if waiting {
+			sleep(ctx, 100*time.Millisecond)
+		}
 	}
 	e, err := mxfed.ParseEvent(version, pdu)
 	if err != nil || storable(e) != nil {
@@ -137,38 +146,6 @@ func (s *server) parse(ctx context.Context, pdu json.RawMessage) (*mxfed.Event, 
 		return nil, nil
 	}
 	return e, nil
-}
-
-// versionFor is the version of a room that this server is in or a user of it is invited to, empty if there is none.
-func (s *server) versionFor(ctx context.Context, id mxfed.RoomID, user mxfed.UserID) (version mxfed.RoomVersion, err error) {
-	for {
-		joining := false
-		err := s.db.view(ctx, func(t *tx) error {
-			r, err := t.room(id)
-			if err == nil {
-				version = r.version
-				return nil
-			}
-			if err != mxfed.ErrNotFound {
-				return err
-			}
-			var one int
-			if joining, err = t.row(`SELECT 1 FROM rooms WHERE id = $1 AND held_until > $2`, []any{id, time.Now().UnixMilli()}, &one); err != nil || joining {
-				return err
-			}
-			m, err := t.membership(user, id)
-			if m != nil {
-				version = m.version
-			}
-			return err
-		})
-		if err != nil || !joining {
-			return version, err
-		}
-		if sleep(ctx, 100*time.Millisecond); ctx.Err() != nil {
-			return "", ctx.Err()
-		}
-	}
 }
 
 // receiveEvent takes one genuine event. What it is built on is fetched if it is missing.
@@ -181,24 +158,17 @@ func (s *server) receiveEvent(ctx context.Context, origin mxfed.ServerName, e *m
 	if !here {
 		return s.receiveOutside(ctx, e)
 	}
-	if err := s.admits(ctx, origin, e.RoomID()); err != nil {
+	if err := s.db.view(ctx, func(t *tx) error { return t.admits(origin, e.RoomID()) }); err != nil {
 		return err
 	}
-	missing, err := s.tryEvent(ctx, e)
-	if err != nil || missing == nil {
+	missing, err := s.tryEvent(ctx, origin, e)
+	if err != nil || !missing {
 		return err
 	}
-	if missing.auth {
-		if err := s.fetchAuth(ctx, origin, e); err != nil {
-			s.log.Info("auth events are missing", "event", e.ID(), "err", err)
-		}
+	if err := s.fillGap(ctx, origin, e); err != nil {
+		s.log.Info("a gap is left", "event", e.ID(), "err", err)
 	}
-	if missing.prev {
-		if err := s.fillGap(ctx, origin, e); err != nil {
-			s.log.Info("a gap is left", "event", e.ID(), "err", err)
-		}
-	}
-	if missing, err = s.tryEvent(ctx, e); err != nil || missing == nil {
+	if missing, err = s.tryEvent(ctx, origin, e); err != nil || !missing {
 		return err
 	}
 	return s.acceptWithState(ctx, origin, e)
@@ -206,114 +176,73 @@ func (s *server) receiveEvent(ctx context.Context, origin mxfed.ServerName, e *m
 
 // admits asks a room's access control list.
 // https://spec.matrix.org/v1.19/server-server-api/#server-access-control-lists-acls
-func (s *server) admits(ctx context.Context, origin mxfed.ServerName, id mxfed.RoomID) error {
-	return s.db.view(ctx, func(t *tx) error {
-		r, err := t.room(id)
-		if err != nil {
-			return err
-		}
-		acl, err := t.current(r, mxfed.StateKey{Type: "m.room.server_acl"})
-		if err == nil && !mxfed.AllowedByACL(first(acl), origin) {
-			err = orForbidden(nil, "server is shut out of the room by its access control list")
-		}
-		return err
-	})
+func (t *tx) admits(origin mxfed.ServerName, id mxfed.RoomID) error {
+	acl := t.stateEvents(&room{ID: id}, snapshot{base: forever - 1}, mxfed.StateKey{Type: "m.room.server_acl"})
+	if len(acl) > 0 && !mxfed.AllowedByACL(acl[0], origin) {
+		return orForbidden(nil, "server is shut out of the room by its access control list")
+	}
+	return nil
 }
 
-// gap tells what has to be fetched before an event can be judged.
-type gap struct{ auth, prev bool }
+// tryEvent judges and stores an event, once, unless what it follows is missing, or what authorises it and is not to be had.
+func (s *server) tryEvent(ctx context.Context, origin mxfed.ServerName, e *mxfed.Event) (missing bool, err error) {
+	auth, prev, err := s.judgeEvent(ctx, e)
+	if err == nil && auth {
+		if err := s.fetchAuth(ctx, origin, e); err != nil {
+			s.log.Info("auth events are missing", "event", e.ID(), "err", err)
+		}
+		auth, prev, err = s.judgeEvent(ctx, e)
+	}
+	return auth || prev, err
+}
 
-// tryEvent judges and stores an event, once, unless something is missing.
-func (s *server) tryEvent(ctx context.Context, e *mxfed.Event) (missing *gap, err error) {
-	signed := s.policySigned(ctx, e)
+// judgeEvent tells which events are missing.
+func (s *server) judgeEvent(ctx context.Context, e *mxfed.Event) (auth, prev bool, err error) {
 	var verdict error
-	err = s.db.update(ctx, string(e.RoomID()), func(t *tx) error {
-		missing, verdict = nil, nil
-		r, err := t.room(e.RoomID())
-		if err != nil {
-			return err
-		}
-		if known, _, err := t.known(r, e.ID()); err != nil || known != nil {
-			return err
-		}
-		before, ok, err := t.stateAfter(r, e.Prev())
-		if err != nil {
-			return err
-		}
-		auth, err := t.events(r.version, e.Auth()...) // rejected ones are not missing
-		if err != nil {
-			return err
-		}
-		if !ok || len(auth) < len(e.Auth()) {
-			missing = &gap{auth: len(auth) < len(e.Auth()), prev: !ok}
+	err = s.db.update(ctx, e.RoomID(), func(t *tx) error {
+		r := t.room(e.RoomID())
+		if auth, prev = false, false; r == nil || t.placed(r.ID, e.ID()) != nil {
 			return nil
 		}
-		verdict, err = t.take(r, e, before, signed)
-		return err
+		before, known := t.stateAfter(r, e.Prev())
+		auth, prev = len(t.events(e.Auth()...)) < len(e.Auth()), !known // rejected auth events are not missing
+		if !auth && !prev {
+			verdict = t.take(r, e, before)
+		}
+		return nil
 	})
-	return missing, firstOf(err, verdict)
+	return auth, prev, cmp.Or(err, verdict)
 }
 
 // take judges an event and stores it as what it is.
-func (t *tx) take(r *room, e *mxfed.Event, before state, signed bool) (verdict, err error) {
+func (t *tx) take(r *room, e *mxfed.Event, before snapshot) (verdict error) {
 	status, why := t.judge(r, e, before)
-	if why != nil && status == statusAccepted {
-		return nil, why
-	}
-	if status == statusAccepted && !signed {
-		status = statusSoftFailed
+	if err := t.add(r, &addition{event: e, before: before, status: status}); err != nil {
+		return err
 	}
 	if status == statusRejected {
-		verdict = why
+		return why
 	}
-	return verdict, t.add(r, &addition{event: e, before: before, status: status})
-}
-
-// policySigned tells whether the room's policy server, if it has one, has signed the event or does so now.
-// https://spec.matrix.org/v1.19/server-server-api/#policy-servers
-func (s *server) policySigned(ctx context.Context, e *mxfed.Event) bool {
-	var policy *mxfed.Event
-	err := s.db.view(ctx, func(t *tx) error {
-		r, err := t.room(e.RoomID())
-		if err != nil {
-			return err
-		}
-		found, err := t.current(r, mxfed.StateKey{Type: "m.room.policy"})
-		if err != nil || len(found) == 0 {
-			return err
-		}
-		var content struct{ Via mxfed.ServerName }
-		json.Unmarshal(found[0].Content(), &content) // a policy that names no server is none
-		if present, err := t.hasServer(r.id, content.Via); err != nil || !present {
-			return err
-		}
-		policy = found[0]
-		return nil
-	})
-	if err != nil || mxfed.SignedByPolicyServer(policy, e) {
-		return err == nil
-	}
-	_, err = s.fed.Client().PolicySign(ctx, "", policy, e)
-	return err == nil
+	return nil
 }
 
 // receiveOutside takes what concerns a local user of a room that this server is not in: an invite or knock that is over.
 func (s *server) receiveOutside(ctx context.Context, e *mxfed.Event) error {
-	user, _ := e.StateKey()
+	user := mxfed.UserID(keyOf(e).Key)
 	if e.Type() != "m.room.member" || e.Membership() != "leave" && e.Membership() != "ban" {
 		return mxfed.ErrNotFound
 	}
 	return s.db.update(ctx, "", func(t *tx) error {
-		m, err := t.membership(mxfed.UserID(user), e.RoomID())
-		if err != nil || m == nil || m.Event == nil {
-			return orNotFound(err)
+		m := t.membership(user, e.RoomID())
+		if m == nil || m.Event == nil {
+			return mxfed.ErrNotFound
 		}
-		inv := &mxfed.Invite{Event: m.Event, User: mxfed.UserID(user)}
+		inv := &mxfed.Invite{Event: m.Event, User: user}
 		refused := m.Membership == "knock" && slices.Contains(e.Auth(), m.Event.ID())
 		if !refused && (m.Membership != "invite" || !inv.Rescinded(e)) {
 			return orForbidden(nil, "the event does not end what is known of the user here")
 		}
-		return t.outside(&memberRow{user: mxfed.UserID(user), room: e.RoomID(), membership: e.Membership(), version: e.Version(), via: m.via}, e, nil)
+		return t.outside(user, e, nil, m.via)
 	})
 }
 
@@ -323,32 +252,19 @@ const maxGap = 20
 // fillGap fetches what lies between the ends of the room and an event.
 // https://spec.matrix.org/v1.19/server-server-api/#post_matrixfederationv1get_missing_eventsroomid
 func (s *server) fillGap(ctx context.Context, origin mxfed.ServerName, e *mxfed.Event) error {
-	var ends []mxfed.EventID
-	err := s.db.view(ctx, func(t *tx) (err error) {
-		ends, err = list[mxfed.EventID](t, `SELECT event FROM extremities WHERE room = $1 LIMIT 20`, e.RoomID())
-		return err
-	})
+	ends, err := query(ctx, s.db, func(t *tx) []mxfed.EventID { return t.ends(&room{ID: e.RoomID()}) })
 	if err != nil {
 		return err
 	}
 	var answer struct{ Events []json.RawMessage }
-	body := map[string]any{"earliest_events": append([]mxfed.EventID{}, ends...), "latest_events": []mxfed.EventID{e.ID()}, "limit": maxGap, "min_depth": 0}
+	body := map[string]any{"earliest_events": ends[:min(len(ends), maxPrev)], "latest_events": []mxfed.EventID{e.ID()}, "limit": maxGap, "min_depth": 0}
 	uri := "/_matrix/federation/v1/get_missing_events/" + url.PathEscape(string(e.RoomID()))
 	if err := s.fed.Client().Do(ctx, "", origin, http.MethodPost, uri, body, &answer); err != nil {
 		return err
 	}
-	events, err := s.genuine(ctx, e, answer.Events)
-	if err != nil {
-		return err
-	}
-	for i, between := range events {
-		missing, err := s.tryEvent(ctx, between)
-		if err == nil && missing != nil && missing.auth {
-			if err = s.fetchAuth(ctx, origin, between); err == nil {
-				missing, err = s.tryEvent(ctx, between)
-			}
-		}
-		if err == nil && missing != nil && i == 0 { // the gap is wider
+	for i, between := range s.genuine(ctx, e, answer.Events) {
+		missing, err := s.tryEvent(ctx, origin, between)
+		if err == nil && missing && i == 0 { // the gap is wider
 			err = s.acceptWithState(ctx, origin, between)
 		}
 		if err != nil && !isVerdict(err) {
@@ -359,11 +275,7 @@ func (s *server) fillGap(ctx context.Context, origin mxfed.ServerName, e *mxfed.
 }
 
 // genuine reads events of the room of e and keeps those that are genuine, the oldest first.
-func (s *server) genuine(ctx context.Context, of *mxfed.Event, pdus []json.RawMessage) ([]*mxfed.Event, error) {
-	type placed struct {
-		*mxfed.Event
-		depth int64
-	}
+func (s *server) genuine(ctx context.Context, of *mxfed.Event, pdus []json.RawMessage) (kept []*mxfed.Event) {
 	var events []*mxfed.Event
 	for _, pdu := range pdus[:min(len(pdus), 1000)] {
 		e, err := mxfed.ParseEvent(of.Version(), pdu)
@@ -371,18 +283,20 @@ func (s *server) genuine(ctx context.Context, of *mxfed.Event, pdus []json.RawMe
 			events = append(events, e)
 		}
 	}
-	var kept []placed
 	for i, err := range s.fed.Verify(ctx, events...) {
 		if err == nil {
-			kept = append(kept, placed{events[i], depthOf(events[i])})
+			kept = append(kept, events[i])
 		}
 	}
-	slices.SortStableFunc(kept, func(a, b placed) int { return int(min(1, max(-1, a.depth-b.depth))) })
-	sorted := make([]*mxfed.Event, len(kept))
-	for i, k := range kept {
-		sorted[i] = k.Event
-	}
-	return sorted, ctx.Err()
+	slices.SortStableFunc(kept, func(a, b *mxfed.Event) int { return cmp.Compare(depthOf(a), depthOf(b)) })
+	return kept
+}
+
+// depthOf is the depth that an event claims. Some room versions allow larger ones than fit, which order nothing.
+func depthOf(e *mxfed.Event) (depth float64) {
+	var claim struct{ Depth float64 }
+	json.Unmarshal(e.JSON(), &claim)
+	return claim.Depth
 }
 
 // fetchAuth fetches what authorises an event and stores what is allowed by its own auth events.
@@ -395,31 +309,15 @@ func (s *server) fetchAuth(ctx context.Context, origin mxfed.ServerName, e *mxfe
 	if err := s.fed.Client().Do(ctx, "", origin, http.MethodGet, uri, nil, &answer); err != nil {
 		return err
 	}
-	chain, err := s.genuine(ctx, e, answer.Chain)
-	if err != nil {
-		return err
-	}
-	return s.db.update(ctx, string(e.RoomID()), func(t *tx) error {
-		r, err := t.room(e.RoomID())
-		if err != nil {
-			return err
-		}
-		create, err := t.current(r, mxfed.StateKey{Type: "m.room.create"})
-		if err != nil {
-			return err
-		}
+	chain := s.genuine(ctx, e, answer.Chain)
+	return s.db.update(ctx, e.RoomID(), func(t *tx) error {
+		create := t.stateEvents(&room{ID: e.RoomID()}, snapshot{base: forever - 1}, mxfed.StateKey{Type: "m.room.create"})
 		for _, e := range chain {
-			auth, err := t.accepted(r, e.Auth(), "")
-			if err != nil {
-				return err
-			}
+			auth := t.accepted(e.RoomID(), e.Auth(), "")
 			state := append(auth, create...)
-			if (&mxfed.Membership{Event: e}).Check(&mxfed.Room{Version: r.version, Events: auth, Before: state, State: state}) != nil {
-				continue
-			}
-			args := description(e, statusAccepted, 0)
-			if err := t.exec(`INSERT INTO events (`+columns+`) VALUES `+tuples(&[]any{}, args)+` ON CONFLICT DO NOTHING`, args...); err != nil {
-				return err
+			if e.Check(&mxfed.Room{Version: e.Version(), Events: auth, Before: state, State: state}) == nil {
+				t.exec(`INSERT INTO events (id, room, sender, auth, json, status) VALUES (?, ?, ?, ?, ?, 0) ON CONFLICT DO NOTHING`,
+					e.ID(), e.RoomID(), e.Sender(), authJSON(e), string(e.JSON()))
 			}
 		}
 		return nil
@@ -428,52 +326,16 @@ func (s *server) fetchAuth(ctx context.Context, origin mxfed.ServerName, e *mxfe
 
 // acceptWithState judges an event by a state that is fetched, because what it is built on is not to be had.
 func (s *server) acceptWithState(ctx context.Context, origin mxfed.ServerName, e *mxfed.Event) (verdict error) {
-	signed := s.policySigned(ctx, e)
-	use := func(t *tx) error {
-		r, err := t.room(e.RoomID())
-		if err != nil {
-			return err
-		}
-		before, err := t.stagedState(r)
-		if err != nil {
-			return err
-		}
-		if err := t.acceptStaged(r.id); err != nil {
-			return err
-		}
-		verdict, err = t.take(r, e, before, signed)
-		return err
+	ask := func(k *intake) (map[mxfed.EventID]error, error) {
+		return k.fetchState(ctx, &mxfed.StateRequest{Event: e, From: s.name, Via: []mxfed.ServerName{origin}})
 	}
-	for {
-		held, err := s.db.hold(ctx, "rooms", "id", string(e.RoomID()), func(ctx context.Context) error {
-			taken := &intake{server: s, room: e.RoomID()}
-			return taken.fetch(ctx, &mxfed.StateRequest{Event: e, From: s.name, Via: []mxfed.ServerName{origin}}, use)
-		})
-		if held || err != nil {
-			return firstOf(err, verdict)
+	err := s.takeIn(ctx, e.RoomID(), ask, func(t *tx, k *intake) error {
+		if r := t.room(e.RoomID()); r != nil && t.placed(r.ID, e.ID()) == nil {
+			verdict = t.take(r, e, t.fetchedState(r, k))
 		}
-		if sleep(ctx, 200*time.Millisecond); ctx.Err() != nil { // another state is just being fetched
-			return ctx.Err()
-		}
-	}
-}
-
-// stagedState is the state that has been taken in, told by how it differs from the current one.
-func (t *tx) stagedState(r *room) (state, error) {
-	s := state{group: r.state, changes: make(map[mxfed.StateKey]mxfed.EventID)}
-	read := func(scan func(...any) error) error {
-		var k mxfed.StateKey
-		var id mxfed.EventID
-		err := scan(&k.Type, &k.Key, &id)
-		s.changes[k] = id
-		return err
-	}
-	err := t.each(read, `SELECT c.type, c.state_key, '' FROM current_state c JOIN events e ON e.id = c.event WHERE c.room = $1 AND e.staged <> 2`, r.id)
-	if err != nil {
-		return state{}, err
-	}
-	return s, t.each(read, `SELECT e.type, e.state_key, e.id FROM events e LEFT JOIN current_state c ON c.room = e.room AND c.type = e.type AND c.state_key = e.state_key
-		WHERE e.room = $1 AND e.staged = 2 AND (c.event IS NULL OR c.event <> e.id)`, r.id)
+		return nil
+	})
+	return cmp.Or(err, verdict)
 }
 
 // serveMissingEvents lets a server fill a gap: what latest_events are built on, back to earliest_events.
@@ -486,18 +348,12 @@ func (s *server) serveMissingEvents(r *http.Request, in *mxfed.Request) (any, er
 	if err := json.Unmarshal(in.Body, &body); err != nil || len(body.Latest)+len(body.Earliest) > batch {
 		return nil, &mxfed.Error{Code: mxfed.ErrBadJSON, Message: "short lists of event IDs are wanted", Err: err}
 	}
-	var events []*mxfed.Event
-	err := s.readable(r, in, func(t *tx, room *room) error {
-		latest, err := t.accepted(room, body.Latest, "")
-		if err != nil {
-			return err
-		}
+	events, err := s.readable(r, in, func(t *tx, id mxfed.RoomID) []*mxfed.Event {
 		var from []mxfed.EventID
-		for _, e := range latest {
+		for _, e := range t.accepted(id, body.Latest, "") {
 			from = append(from, e.Prev()...)
 		}
-		events, err = t.history(room, in.Origin, from, append(body.Earliest, body.Latest...), min(body.Limit, maxGap))
-		return err
+		return t.history(id, in.Origin, from, append(body.Earliest, body.Latest...), min(body.Limit, maxGap))
 	})
 	slices.Reverse(events)
 	return map[string]any{"events": append([]*mxfed.Event{}, events...)}, err
@@ -514,33 +370,30 @@ func (s *server) serveBackfill(r *http.Request, in *mxfed.Request) (any, error) 
 	if err != nil || len(from) == 0 || len(from) > batch {
 		return nil, &mxfed.Error{Code: mxfed.ErrMissingParam, Message: "v and limit are wanted", Err: err}
 	}
-	var events []*mxfed.Event
-	err = s.readable(r, in, func(t *tx, room *room) (err error) {
-		events, err = t.history(room, in.Origin, from, nil, min(limit, maxBackfill))
-		return err
+	events, err := s.readable(r, in, func(t *tx, id mxfed.RoomID) []*mxfed.Event {
+		return t.history(id, in.Origin, from, nil, min(limit, maxBackfill))
 	})
-	return map[string]any{"origin": s.name, "origin_server_ts": time.Now().UnixMilli(), "pdus": append([]*mxfed.Event{}, events...)}, err
+	return map[string]any{"origin": s.name, "origin_server_ts": now(), "pdus": append([]*mxfed.Event{}, events...)}, err
 }
 
 // maxBackfill is how many events are read at once.
 const maxBackfill = 100
 
-// readable reads a room for a server that is in it and not shut out. To others it is unknown.
-func (s *server) readable(r *http.Request, in *mxfed.Request, read func(*tx, *room) error) error {
+// readable reads a room for a server that is in it, by what this one knows, which may have left, and that is not shut out.
+// To others it is unknown.
+func (s *server) readable(r *http.Request, in *mxfed.Request, read func(*tx, mxfed.RoomID) []*mxfed.Event) (events []*mxfed.Event, err error) {
 	id := mxfed.RoomID(r.PathValue("room"))
-	if err := s.admits(r.Context(), in.Origin, id); err != nil {
-		return err
-	}
-	return s.db.view(r.Context(), func(t *tx) error {
-		room, err := t.room(id)
-		if err != nil {
+	err = s.db.view(r.Context(), func(t *tx) error {
+		if !t.hasServer(id, in.Origin) {
+			return orForbidden(nil, "server is not in the room")
+		}
+		if err := t.admits(in.Origin, id); err != nil {
 			return err
 		}
-		if present, err := t.hasServer(id, in.Origin); err != nil || !present { // by what this server knows, which may have left
-			return orForbidden(err, "server is not in the room")
-		}
-		return read(t, room)
+		events = read(t, id)
+		return nil
 	})
+	return events, err
 }
 
 // serveProfile tells about a user of this server.

@@ -2,6 +2,10 @@ package main
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -40,7 +44,7 @@ func TestRescind(t *testing.T) {
 	id := w.room(a, alice, roomRequest{})
 	require.NoError(t, a.inviteUser(t.Context(), alice, id, bob, nil))
 	require.Equal(t, "invite", w.knows(b, id, bob).Membership)
-	require.NoError(t, a.setMembership(t.Context(), alice, id, bob, "leave", nil))
+	w.member(a, alice, id, bob, "leave")
 	w.eventually(func() bool { return w.knows(b, id, bob).Membership == "leave" })
 }
 
@@ -58,13 +62,13 @@ func TestKnock(t *testing.T) {
 		require.Equal(w, "leave", w.stands(a, id, bob))
 
 		require.NoError(w, b.knockOn(w.Context(), bob, id, via, nil))
-		require.NoError(w, a.setMembership(w.Context(), alice, id, bob, "leave", nil))
+		w.member(a, alice, id, bob, "leave")
 		w.eventually(func() bool { return w.knows(b, id, bob).Membership == "leave" })
 
 		require.NoError(w, b.knockOn(w.Context(), bob, id, via, nil))
 		require.NoError(w, a.inviteUser(w.Context(), alice, id, bob, nil))
 		require.NoError(w, b.joinRoom(w.Context(), bob, id, nil, nil))
-		require.Equal(w, w.state(a, id), w.state(b, id))
+		w.agree(a, b, id)
 	})
 }
 
@@ -86,6 +90,44 @@ func TestRestricted(t *testing.T) {
 	w.eventually(func() bool { return w.stands(a, id, bill) == "join" })
 }
 
+// TestForgedJoin has a server send a join that says it was let in by a user of another one, which has not signed it.
+func TestForgedJoin(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start("a.example"), w.start("b.example")
+	alice, bob, bill := w.user(a, "alice"), w.user(b, "bob"), w.user(b, "bill")
+	rule := stateEntry{Type: "m.room.join_rules", Content: json.RawMessage(`{"join_rule":"restricted","allow":[]}`)}
+	id := w.room(a, alice, roomRequest{Version: "10", State: []stateEntry{rule}, Invite: []mxfed.UserID{bob}})
+	require.NoError(t, b.joinRoom(t.Context(), bob, id, nil, nil))
+	w.agree(a, b, id)
+	state := w.state(b, id)
+	join := map[string]any{"room_id": id, "type": "m.room.member", "state_key": bill, "sender": bill, "depth": 100, "origin_server_ts": now(),
+		"content":     map[string]any{"membership": "join", "join_authorised_via_users_server": alice},
+		"prev_events": []mxfed.EventID{state[mxfed.StateKey{Type: "m.room.member", Key: string(bob)}]},
+		"auth_events": []mxfed.EventID{state[mxfed.StateKey{Type: "m.room.create"}], state[mxfed.StateKey{Type: "m.room.power_levels"}],
+			state[mxfed.StateKey{Type: "m.room.join_rules"}], state[mxfed.StateKey{Type: "m.room.member", Key: string(alice)}]}}
+	canonical := func() []byte {
+		text, err := mxfed.CanonicalJSON(asJSON(join))
+		require.NoError(t, err)
+		return text
+	}
+	hash := sha256.Sum256(canonical())
+	join["hashes"] = map[string]string{"sha256": base64.RawStdEncoding.EncodeToString(hash[:])}
+	seed, err := hex.DecodeString(ask[string](w, b, `SELECT value FROM settings WHERE name = 'signing_key'`))
+	require.NoError(t, err)
+	key := ed25519.NewKeyFromSeed(seed)
+	keyID := "ed25519:" + hex.EncodeToString(key.Public().(ed25519.PublicKey)[:4])
+	join["signatures"] = map[string]any{"b.example": map[string]string{keyID: base64.RawStdEncoding.EncodeToString(ed25519.Sign(key, canonical()))}}
+	e, err := mxfed.ParseEvent("10", canonical())
+	require.NoError(t, err)
+	var answer struct {
+		PDUs map[mxfed.EventID]struct{ Error string }
+	}
+	body := map[string]any{"pdus": []*mxfed.Event{e}}
+	require.NoError(t, b.fed.Client().Do(t.Context(), "", "a.example", http.MethodPut, "/_matrix/federation/v1/send/x", body, &answer))
+	require.Contains(t, answer.PDUs[e.ID()].Error, "authorises")
+	require.Empty(t, w.stands(a, id, bill))
+}
+
 // TestGap has a server miss many events, and find them again by those that follow: few between, and more than are fetched.
 func TestGap(t *testing.T) {
 	for name, missed := range map[string]int{"narrow": 5, "wide": 3 * maxGap} {
@@ -95,28 +137,21 @@ func TestGap(t *testing.T) {
 			alice, bob := w.user(a, "alice"), w.user(b, "bob")
 			id := w.room(a, alice, roomRequest{Preset: "public_chat"})
 			require.NoError(t, b.joinRoom(t.Context(), bob, id, []mxfed.ServerName{"a.example"}, nil))
-			exec := func(query string, args ...any) {
-				require.NoError(t, a.db.update(t.Context(), "", func(tx *tx) error { return tx.exec(query, args...) }))
-			}
-			exec(`INSERT INTO destinations (name, held_until) VALUES ('b.example', $1) ON CONFLICT (name) DO UPDATE SET held_until = $1`, int64(1)<<60)
+			w.exec(a, `INSERT INTO destinations (name, held_until) VALUES ('b.example', 1) ON CONFLICT DO NOTHING`)
+			w.exec(a, `UPDATE destinations SET held_until = ?`, int64(forever))
 			w.set(a, alice, id, "m.room.name", "", map[string]any{"name": "while away"})
 			for n := range missed {
 				w.say(a, alice, id, fmt.Sprint(n))
 			}
-			exec(`DELETE FROM outbox`)
+			w.exec(a, `DELETE FROM outbox`)
 			w.say(a, alice, id, "last")
-			exec(`UPDATE destinations SET held_until = 0`)
+			w.exec(a, `UPDATE destinations SET held_until = 0`)
 			w.eventually(func() bool { texts := w.bodies(b, id); return len(texts) > 0 && texts[len(texts)-1] == "last" })
-			require.Equal(t, w.state(a, id), w.state(b, id))
+			w.agree(a, b, id)
 			require.Equal(t, missed+1 <= maxGap, len(w.bodies(b, id)) == missed+1)
 			w.say(b, bob, id, "and on")
 			w.eventually(func() bool { texts := w.bodies(a, id); return texts[len(texts)-1] == "and on" })
-			var ends int // the new event follows both sides of what is left of the gap
-			require.NoError(t, b.db.view(t.Context(), func(t *tx) error {
-				_, err := t.row(`SELECT count(*) FROM extremities WHERE room = $1`, []any{id}, &ends)
-				return err
-			}))
-			require.Equal(t, 1, ends)
+			require.Equal(t, 1, ask[int](w, b, `SELECT count(*) FROM events WHERE latest = 1`), "the new event follows both sides of what is left of the gap")
 		})
 	}
 }
@@ -172,15 +207,10 @@ func TestSoftFail(t *testing.T) {
 	require.NoError(t, b.joinRoom(t.Context(), bob, id, []mxfed.ServerName{"a.example"}, nil))
 	e, err := b.fed.Build(t.Context(), &mxfed.Draft{Room: id, Type: "m.room.message", Sender: bob, Content: json.RawMessage(`{"body":"late"}`)})
 	require.NoError(t, err)
-	require.NoError(t, a.setMembership(t.Context(), alice, id, bob, "ban", nil))
+	w.member(a, alice, id, bob, "ban")
 	require.NoError(t, a.receiveEvent(t.Context(), "b.example", e))
 	require.Empty(t, w.bodies(a, id))
-	status := -1
-	require.NoError(t, a.db.view(t.Context(), func(t *tx) error {
-		_, err := t.row(`SELECT status FROM events WHERE id = $1`, []any{e.ID()}, &status)
-		return err
-	}))
-	require.Equal(t, statusSoftFailed, status)
+	require.Equal(t, statusSoftFailed, ask[int](w, a, `SELECT status FROM events WHERE id = ?`, e.ID()))
 }
 
 // TestBackfill reads the past of a room from another server.

@@ -6,6 +6,7 @@ import (
 	"crypto/ed25519"
 	"encoding/hex"
 	"slices"
+	"time"
 
 	"example.org/mxfed"
 )
@@ -14,50 +15,52 @@ import (
 
 // signer loads the signing key, made at the first start.
 func (s *server) signer(ctx context.Context) (signer *mxfed.Signer, err error) {
+	_, fresh, err := ed25519.GenerateKey(nil)
+	if err != nil {
+		return nil, err
+	}
+	var text string
 	err = s.db.update(ctx, "", func(t *tx) error {
-		_, fresh, err := ed25519.GenerateKey(nil)
-		if err != nil {
-			return err
-		}
-		if err := t.exec(`INSERT INTO settings VALUES ('signing_key', $1) ON CONFLICT DO NOTHING`, hex.EncodeToString(fresh.Seed())); err != nil {
-			return err
-		}
-		var text string
-		if _, err := t.row(`SELECT value FROM settings WHERE name = 'signing_key'`, nil, &text); err != nil {
-			return err
-		}
-		seed, err := hex.DecodeString(text)
-		if err != nil {
-			return err
-		}
-		key := ed25519.NewKeyFromSeed(seed)
-		id := mxfed.KeyID("ed25519:" + hex.EncodeToString(key.Public().(ed25519.PublicKey)[:4])) // another key gets another name
-		signer, err = mxfed.NewSigner(s.name, id, key)
-		return err
+		t.exec(`INSERT INTO settings VALUES ('signing_key', ?) ON CONFLICT DO NOTHING`, hex.EncodeToString(fresh.Seed()))
+		text, _ = one[string](t, `SELECT value FROM settings WHERE name = 'signing_key'`)
+		return nil
 	})
-	return signer, err
+	if err != nil {
+		return nil, err
+	}
+	seed, err := hex.DecodeString(text)
+	if err != nil {
+		return nil, err
+	}
+	key := ed25519.NewKeyFromSeed(seed)
+	id := mxfed.KeyID("ed25519:" + hex.EncodeToString(key.Public().(ed25519.PublicKey)[:4])) // another key gets another name
+	return mxfed.NewSigner(s.name, id, key)
 }
 
 // keyStore implements mxfed.KeyStore.
 type keyStore struct{ db *database }
+
+// keyRow is a row of remote_keys.
+type keyRow struct {
+	Public  string
+	Until   int64 `db:"valid_until"`
+	Expired int64
+}
 
 // Keys implements mxfed.Keys.
 func (s *keyStore) Keys(ctx context.Context, keys []mxfed.Key) error {
 	return s.db.view(ctx, func(t *tx) error {
 		for i := range keys {
 			k := &keys[i]
-			var public string
-			var until, expired int64
-			found, err := t.row(`SELECT public, valid_until, expired FROM remote_keys WHERE server = $1 AND id = $2`, []any{k.Server, k.ID}, &public, &until, &expired)
-			if err != nil {
+			row, found := one[keyRow](t, `SELECT public, valid_until, expired FROM remote_keys WHERE server = ? AND id = ?`, k.Server, k.ID)
+			if !found {
+				continue
+			}
+			var err error
+			if k.Public, err = hex.DecodeString(row.Public); err != nil {
 				return err
 			}
-			if found {
-				if k.Public, err = hex.DecodeString(public); err != nil {
-					return err
-				}
-				k.ValidUntil, k.Expired = timeOf(until), timeOf(expired)
-			}
+			k.ValidUntil, k.Expired = timeOf(row.Until), timeOf(row.Expired)
 		}
 		return nil
 	})
@@ -65,21 +68,30 @@ func (s *keyStore) Keys(ctx context.Context, keys []mxfed.Key) error {
 
 // SaveKeys implements mxfed.KeyStore. Whoever writes first, public keys stay and times only grow.
 func (s *keyStore) SaveKeys(ctx context.Context, keys []mxfed.Key) error {
-	keys = slices.SortedFunc(slices.Values(keys), compareNames) // for all processes in the same order
+	keys = slices.SortedFunc(slices.Values(keys), func(a, b mxfed.Key) int { // for all processes in the same order
+		return cmp.Or(cmp.Compare(a.Server, b.Server), cmp.Compare(a.ID, b.ID))
+	})
 	return s.db.update(ctx, "", func(t *tx) error {
 		for _, k := range keys {
-			err := t.exec(`INSERT INTO remote_keys VALUES ($1, $2, $3, $4, $5) ON CONFLICT (server, id) DO UPDATE SET
+			t.exec(`INSERT INTO remote_keys VALUES (?, ?, ?, ?, ?) ON CONFLICT (server, id) DO UPDATE SET
 				valid_until = CASE WHEN excluded.valid_until > remote_keys.valid_until THEN excluded.valid_until ELSE remote_keys.valid_until END,
 				expired = CASE WHEN excluded.expired > remote_keys.expired THEN excluded.expired ELSE remote_keys.expired END
 				WHERE remote_keys.public = excluded.public`, k.Server, k.ID, hex.EncodeToString(k.Public), millis(k.ValidUntil), millis(k.Expired))
-			if err != nil {
-				return err
-			}
 		}
 		return nil
 	})
 }
 
-func compareNames(a, b mxfed.Key) int {
-	return cmp.Or(cmp.Compare(a.Server, b.Server), cmp.Compare(a.ID, b.ID))
+func millis(t time.Time) int64 {
+	if t.IsZero() {
+		return 0
+	}
+	return t.UnixMilli()
+}
+
+func timeOf(ms int64) time.Time {
+	if ms == 0 {
+		return time.Time{}
+	}
+	return time.UnixMilli(ms)
 }

@@ -103,8 +103,8 @@ func (o *options) check(rest []string) error {
 		return errors.New("-name is missing")
 	case (o.caKey == "") == (o.acmeURL == ""):
 		return errors.New("a certificate comes from either -ca-cert and -ca-key or -acme")
-	case o.caKey != "" && o.caCert == "":
-		return errors.New("-ca-key needs -ca-cert")
+	case o.acmeURL != "" && net.ParseIP(hostOf(string(o.name))) != nil:
+		return errors.New("-acme gives certificates to host names only")
 	}
 	return nil
 }
@@ -128,60 +128,12 @@ func run(ctx context.Context, o *options, stderr *os.File) error {
 		Database: cmp.Or(o.database, filepath.Join(o.dir, "homeserver.db")),
 		HTTP:     newResolver(roots, o.networks),
 		Log:      log,
-		Progress: newReporter(log, stderr).report,
+		Progress: newReporter(log, stderr).join,
 	})
 	if err != nil {
 		return err
 	}
-	group, running := errgroup.WithContext(ctx) // with the first part that fails all others end
-	sites, err := o.sites(running, s, roots)
-	if err != nil {
-		return errors.Join(err, s.close())
-	}
-	group.Go(func() error { return s.run(running) })
-	for _, site := range sites {
-		log.Info("listening", "for", site.what, "at", site.listener.Addr().String())
-		group.Go(func() error { return site.serve(running, log) })
-	}
-	return errors.Join(group.Wait(), s.close())
-}
-
-// site is a port and what is served there.
-type site struct {
-	what     string
-	listener net.Listener
-	handler  http.Handler
-	tls      *tls.Config // nil: plain HTTP
-}
-
-// sites opens all ports, that of the clients last: who can talk to it finds everything open.
-func (o *options) sites(ctx context.Context, s *server, roots *x509.CertPool) (all []site, err error) {
-	open := func(what, port string, handler http.Handler, secure *tls.Config) {
-		if err != nil {
-			return
-		}
-		var l net.Listener
-		if l, err = net.Listen("tcp", net.JoinHostPort(o.ip, port)); err == nil {
-			all = append(all, site{what, l, handler, secure})
-		}
-	}
-	var secure *tls.Config
-	if o.acmeURL == "" {
-		secure, err = issuedTLS(o.name, o.caCert, o.caKey)
-	} else if manager, failed := newACME(o.name, o.acmeURL, roots, s.certificates()); failed != nil {
-		err = failed
-	} else {
-		secure = manager.TLSConfig()
-		open("challenges", o.acmePort, manager.HTTPHandler(http.NotFoundHandler()), nil)
-	}
-	open("servers", o.fedPort, s.federation(), secure)
-	open("clients", o.clientPort, newClientAPI(ctx, s), nil)
-	if err != nil {
-		for _, site := range all {
-			site.listener.Close()
-		}
-	}
-	return all, err
+	return errors.Join(o.serve(ctx, s, roots), s.close())
 }
 
 const (
@@ -190,28 +142,59 @@ const (
 	gracePeriod   = 10 * time.Second // for requests to be answered after SIGTERM
 )
 
-// serve answers requests until ctx ends, and then those that have arrived. Their own contexts go on meanwhile.
-func (t site) serve(ctx context.Context, log *slog.Logger) error {
-	web := &http.Server{Handler: t.handler, TLSConfig: t.tls, ReadHeaderTimeout: headerTimeout, IdleTimeout: idleTimeout,
-		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelWarn)}
-	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error {
-		if t.tls != nil {
-			return web.ServeTLS(t.listener, "", "")
-		}
-		return web.Serve(t.listener)
-	})
-	group.Go(func() error {
-		<-ctx.Done()
-		grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), gracePeriod)
-		defer cancel()
-		if web.Shutdown(grace) != nil {
-			return web.Close()
-		}
-		return nil
-	})
-	if err := group.Wait(); !errors.Is(err, http.ErrServerClosed) {
+// serve opens all ports, that of the clients last: who can talk to it finds everything open.
+func (o *options) serve(ctx context.Context, s *server, roots *x509.CertPool) error {
+	group, ctx := errgroup.WithContext(ctx) // with the first part that fails all others end
+	site := func(port string, handler http.Handler, secure *tls.Config) *http.Server {
+		return &http.Server{Addr: net.JoinHostPort(o.ip, port), Handler: handler, TLSConfig: secure, ReadHeaderTimeout: headerTimeout,
+			IdleTimeout: idleTimeout, ErrorLog: slog.NewLogLogger(s.log.Handler(), slog.LevelWarn)}
+	}
+	var sites []*http.Server
+	var secure *tls.Config
+	var err error
+	if o.acmeURL == "" {
+		secure, err = issuedTLS(o.name, o.caCert, o.caKey)
+	} else {
+		manager := newACME(o.name, o.acmeURL, roots, certificates{s.db})
+		secure, sites = manager.TLSConfig(), append(sites, site(o.acmePort, manager.HTTPHandler(http.NotFoundHandler()), nil))
+	}
+	if err != nil {
 		return err
+	}
+	sites = append(sites, site(o.fedPort, s.federation(), secure), site(o.clientPort, newClientAPI(ctx, s), nil))
+	group.Go(func() error { return s.run(ctx) })
+	for _, web := range sites {
+		listener, err := net.Listen("tcp", web.Addr)
+		if err != nil {
+			group.Go(func() error { return err })
+			break
+		}
+		s.log.Info("listening", "at", listener.Addr().String())
+		group.Go(func() error { return serveSite(web, listener) })
+		group.Go(func() error { return shutDown(ctx, web) })
+	}
+	return group.Wait()
+}
+
+func serveSite(web *http.Server, listener net.Listener) (err error) {
+	if web.TLSConfig != nil {
+		err = web.ServeTLS(listener, "", "")
+	} else {
+		err = web.Serve(listener)
+	}
+	if errors.Is(err, http.ErrServerClosed) {
+		return nil
+	}
+	return err
+}
+
+// shutDown waits until ctx ends, and then for the requests that have arrived. Their own contexts go on meanwhile.
+func shutDown(ctx context.Context, web *http.Server) error {
+	<-ctx.Done()
+	grace, cancel := context.WithTimeout(context.WithoutCancel(ctx), gracePeriod)
+	defer cancel()
+	if web.Shutdown(grace) != nil {
+		return web.Close()
 	}
 	return nil
 }

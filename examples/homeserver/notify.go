@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"time"
 
@@ -69,38 +68,25 @@ func (db *database) listenOnce(ctx context.Context) error {
 	}
 }
 
-// sleep waits, unless ctx ends before.
-func sleep(ctx context.Context, d time.Duration) {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
+// wait waits until heard is closed, but no longer than d and until ctx ends.
+func wait(ctx context.Context, heard <-chan struct{}, d time.Duration) {
+	ctx, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
 	select {
-	case <-timer.C:
+	case <-heard:
 	case <-ctx.Done():
 	}
 }
 
-// runAll runs functions side by side and waits for all of them; the first error ends the others.
-func runAll(ctx context.Context, functions ...func(context.Context) error) error {
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	errs := make([]error, len(functions))
-	var all sync.WaitGroup
-	for i, f := range functions {
-		all.Go(func() {
-			defer cancel()
-			errs[i] = f(ctx)
-		})
-	}
-	all.Wait()
-	return errors.Join(errs...)
-}
+// sleep waits, unless ctx ends before.
+func sleep(ctx context.Context, d time.Duration) { wait(ctx, nil, d) }
 
 // changed waits until something has been accepted after position since, or ctx ends, which is no error. It may wake up for
 // what does not concern the caller.
 func (s *server) changed(ctx context.Context, since int64) error {
 	for {
 		heard := s.db.wake.heard()
-		now, err := s.position(ctx)
+		now, err := query(ctx, s.db, (*tx).position)
 		if ctx.Err() != nil {
 			return nil
 		}

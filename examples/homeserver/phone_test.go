@@ -187,7 +187,7 @@ func bodies(events any) (list []string) {
 }
 
 // find returns the state event of a type and key.
-func find(t *testing.T, events any, typ, key string) answer {
+func find(t testing.TB, events any, typ, key string) answer {
 	t.Helper()
 	for _, e := range events.([]any) {
 		if e := answer(e.(map[string]any)); e["type"] == typ && e["state_key"] == key {
@@ -196,8 +196,4 @@ func find(t *testing.T, events any, typ, key string) answer {
 	}
 	require.Fail(t, "no such state", "%s %q", typ, key)
 	return nil
-}
-
-func newGet(ctx context.Context, target string) (*http.Request, error) {
-	return http.NewRequestWithContext(ctx, http.MethodGet, target, nil)
 }

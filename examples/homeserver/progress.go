@@ -2,9 +2,9 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"log/slog"
 	"os"
-	"sync"
 	"time"
 
 	"github.com/schollz/progressbar/v3"
@@ -13,77 +13,48 @@ import (
 	"example.org/mxfed"
 )
 
-// reportEvery is how often the log hears of a join that takes long.
-const reportEvery = 5 * time.Second
-
-// reporter tells people how joins of big rooms get on: a log by a line now and then, a terminal by a progress bar.
+// reporter tells people how joins of big rooms get on: a terminal by a progress bar, a log by a line now and then.
 type reporter struct {
 	log      *slog.Logger
-	terminal *os.File // nil: there is none
-
-	mu    sync.Mutex // guards the rest
-	joins map[mxfed.RoomID]*joinReport
-}
-
-type joinReport struct {
-	started, logged time.Time
-	bar             *progressbar.ProgressBar
+	every    time.Duration // how often the log hears of a join that takes long
+	terminal io.Writer     // nil: there is none
 }
 
 func newReporter(log *slog.Logger, stderr *os.File) *reporter {
-	r := &reporter{log: log, joins: make(map[mxfed.RoomID]*joinReport)}
+	r := &reporter{log: log, every: 5 * time.Second}
 	if term.IsTerminal(int(stderr.Fd())) {
 		r.terminal = stderr
 	}
 	return r
 }
 
-// report shows one step of one join. It may be called concurrently.
-func (r *reporter) report(p progress) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now, join := time.Now(), r.joins[p.Room]
-	if join == nil {
-		join = &joinReport{started: now, logged: now}
-		r.joins[p.Room] = join
-	}
-	if p.Done {
-		join.clear()
-		delete(r.joins, p.Room)
-		r.logDone(p, now.Sub(join.started))
-		return
-	}
-	if r.terminal != nil {
-		join.show(p, r.terminal)
-	} else if now.Sub(join.logged) >= reportEvery {
-		join.logged = now
-		r.log.Info("joining", "room", p.Room, "via", p.Via, "verified", p.Events, "bytes", p.Bytes)
+// join returns what is to be told every step of one join.
+func (r *reporter) join(room mxfed.RoomID) func(progress) {
+	began, logged, bar := time.Now(), time.Now(), r.bar()
+	return func(p progress) {
+		about := []any{"room", room, "via", p.Via, "verified", p.Events, "dropped", p.Dropped, "bytes", p.Bytes, "took", time.Since(began)}
+		bar.Describe(fmt.Sprintf("joining %s via %s: %d events", room, p.Via, p.Events))
+		bar.Set64(p.Bytes) // a terminal that fails is not worth an error
+		if p.Done {
+			bar.Finish() // so that the log goes on in its line
+		}
+		switch {
+		case p.Err != nil:
+			r.log.Warn("not joined", append(about, "error", p.Err)...)
+		case p.Done:
+			r.log.Info("joined", about...)
+		case r.terminal == nil && time.Since(logged) >= r.every:
+			logged = time.Now()
+			r.log.Info("joining", about...)
+		}
 	}
 }
 
-func (r *reporter) logDone(p progress, took time.Duration) {
-	attributes := []any{"room", p.Room, "via", p.Via, "verified", p.Events, "dropped", p.Dropped, "bytes", p.Bytes,
-		"took", took.Round(time.Millisecond)}
-	if p.Err != nil {
-		r.log.Warn("not joined", append(attributes, "error", p.Err)...)
-		return
+// bar counts and spins: how big the answer is nobody knows before its end.
+func (r *reporter) bar() *progressbar.ProgressBar {
+	if r.terminal == nil {
+		return progressbar.DefaultSilent(-1)
 	}
-	r.log.Info("joined", attributes...)
-}
-
-// show draws the bar: how big the answer is nobody knows before its end, so that it counts and spins.
-func (j *joinReport) show(p progress, terminal *os.File) {
-	if j.bar == nil {
-		j.bar = progressbar.NewOptions64(-1, progressbar.OptionSetWriter(terminal), progressbar.OptionShowBytes(true),
-			progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionSpinnerType(14))
-	}
-	j.bar.Describe(fmt.Sprintf("joining %s via %s: %d events", p.Room, p.Via, p.Events))
-	j.bar.Set64(p.Bytes) // a terminal that fails is not worth an error
-}
-
-// clear takes the bar away, so that the log goes on in its line.
-func (j *joinReport) clear() {
-	if j.bar != nil {
-		j.bar.Finish()
-	}
+	return progressbar.NewOptions64(-1, progressbar.OptionSetWriter(r.terminal), progressbar.OptionShowBytes(true),
+		progressbar.OptionThrottle(100*time.Millisecond), progressbar.OptionClearOnFinish(), progressbar.OptionSpinnerType(14))
 }

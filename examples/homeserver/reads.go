@@ -3,195 +3,145 @@ package main
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"maps"
-	"math"
 	"slices"
 
 	"example.org/mxfed"
 )
 
 // This file reads much of a room: states and auth chains in pages, each in a transaction of its own, so that it does not
-// matter how slow the one is who gets them.
+// matter how slow the one is who gets them; and what users and servers may see of the past.
 
-// eachEntry calls f with the entries of a state, until f returns false. What a group says never changes.
-func (s *server) eachEntry(ctx context.Context, group int64, members bool, f func(*entry) bool) error {
-	var last mxfed.StateKey
+// excerpt is a state of a room, or that without members but a few.
+type excerpt struct {
+	snapshot
+	room    mxfed.RoomID
+	members []string // nil: all
+}
+
+// omitMembers leaves members out, but for some by whom clients name a room that has no name, and not for the joiner.
+// https://spec.matrix.org/v1.19/client-server-api/#calculating-the-display-name-for-a-room
+func (t *tx) omitMembers(of *excerpt, joiner mxfed.UserID) {
+	of.members = []string{""}
+	names := t.stateEvents(&room{ID: of.room}, of.snapshot, mxfed.StateKey{Type: "m.room.name"}, mxfed.StateKey{Type: "m.room.canonical_alias"})
+	if len(names) == 0 {
+		of.members = append(of.members, list[string](t, `SELECT state_key FROM state WHERE room = ? AND type = 'm.room.member' AND since <= ? AND until > ?
+			AND state_key <> ? ORDER BY CASE WHEN membership IN ('join', 'invite') THEN 0 ELSE 1 END, since, state_key LIMIT 5`,
+			of.room, of.base, of.base, joiner)...)
+	}
+}
+
+// where is the condition for the rows s of state at the excerpt's base.
+func (of *excerpt) where() (condition string, args []any) {
+	condition, args = `s.room = ? AND s.since <= ? AND s.until > ?`, []any{of.room, of.base, of.base}
+	if of.members != nil {
+		condition, args = condition+` AND (s.type <> 'm.room.member' OR s.state_key IN (?))`, append(args, of.members)
+	}
+	return condition, args
+}
+
+// has tells whether an entry belongs to the excerpt.
+func (of *excerpt) has(k mxfed.StateKey) bool {
+	return of.members == nil || k.Type != "m.room.member" || slices.Contains(of.members, k.Key)
+}
+
+// eachEntry calls f with the entries of a state, until f returns false.
+func (s *server) eachEntry(ctx context.Context, of *excerpt, f func(entry mxfed.EventID, text string) bool) error {
+	type row struct {
+		entryRow
+		JSON string
+	}
+	condition, args := of.where()
+	var last entryRow
 	for more := true; more; {
-		var page []entry
-		err := s.db.view(ctx, func(t *tx) (err error) {
-			page, last, more, err = t.page(group, last, members)
-			return err
+		page, err := query(ctx, s.db, func(t *tx) []row {
+			return list[row](t, `SELECT s.type, s.state_key, s.event, e.json FROM state s JOIN events e ON e.id = s.event WHERE `+condition+`
+				AND (s.type, s.state_key) > (?, ?) ORDER BY s.type, s.state_key LIMIT ?`, append(slices.Clone(args), last.Type, last.StateKey, batch)...)
 		})
 		if err != nil {
 			return err
 		}
-		for i := range page {
-			if !f(&page[i]) {
+		for _, row := range page {
+			last = row.entryRow
+			if _, differs := of.differs[row.key()]; !differs && !f(row.Event, row.JSON) {
 				return nil
 			}
 		}
+		more = len(page) == batch
 	}
-	return nil
+	others, err := query(ctx, s.db, func(t *tx) []*mxfed.Event { return t.events(slices.Collect(maps.Values(of.differs))...) })
+	for _, e := range others {
+		if of.has(keyOf(e)) && !f(e.ID(), string(e.JSON())) {
+			break
+		}
+	}
+	return err
 }
 
-// authIDs names what authorises the entries of a state and an event with the auth events more.
-func (s *server) authIDs(ctx context.Context, group int64, more []mxfed.EventID, members bool) (chain []mxfed.EventID, err error) {
-	seen := make(map[mxfed.EventID]bool)
-	list := func(names []mxfed.EventID) {
-		for _, id := range names {
-			if !seen[id] {
-				seen[id] = true
-				chain = append(chain, id)
-			}
-		}
-	}
-	list(more)
-	if err := s.eachEntry(ctx, group, members, func(e *entry) bool {
-		if e.key.Type == "m.room.create" { // from room version 12 on no event names it, but all depend on it
-			list([]mxfed.EventID{e.event})
-		}
-		list(e.auth)
-		return true
-	}); err != nil {
-		return nil, err
-	}
-	for next := 0; next < len(chain); {
-		names := chain[next:min(next+batch, len(chain))]
-		next += len(names)
-		if err := s.db.view(ctx, func(t *tx) error { return t.authEvents(names, list) }); err != nil {
-			return nil, err
-		}
-	}
-	return chain, nil
-}
-
-// authEvents lists the auth events of events.
-func (t *tx) authEvents(of []mxfed.EventID, list func([]mxfed.EventID)) error {
-	var args []any
-	return t.each(func(scan func(...any) error) error {
-		var text string
-		if err := scan(&text); err != nil {
-			return err
-		}
-		var auth []mxfed.EventID
-		err := json.Unmarshal([]byte(text), &auth)
-		list(auth)
-		return err
-	}, `SELECT auth FROM events WHERE id IN (`+in(&args, of)+`)`, args...)
+// authIDs names all that authorises the entries of a state, and more with what authorises these. The create event is among
+// them, though from room version 12 on no event names it: all depend on it.
+func (s *server) authIDs(ctx context.Context, of *excerpt, more []mxfed.EventID) ([]mxfed.EventID, error) {
+	keys := slices.DeleteFunc(slices.Collect(maps.Keys(of.differs)), func(k mxfed.StateKey) bool { return !of.has(k) })
+	condition, args := of.where()
+	return query(ctx, s.db, func(t *tx) []mxfed.EventID {
+		said := t.read(&room{ID: of.room}, keys, snapshot{base: of.base}, of.snapshot)
+		return list[mxfed.EventID](t, `WITH RECURSIVE chain (id) AS (
+			SELECT a.value FROM state s JOIN events e ON e.id = s.event CROSS JOIN `+t.db.authOf()+` WHERE `+condition+` AND s.event NOT IN (?)
+			UNION SELECT a.value FROM events e CROSS JOIN `+t.db.authOf()+` WHERE e.id IN (?)
+			UNION SELECT e.id FROM events e WHERE e.id IN (?)
+			UNION SELECT s.event FROM state s WHERE s.room = ? AND s.type = 'm.room.create'
+			UNION SELECT a.value FROM chain c JOIN events e ON e.id = c.id CROSS JOIN `+t.db.authOf()+`)
+			SELECT id FROM chain`, append(args, append(said[0], ""), append(said[1], ""), append(more, ""), of.room)...)
+	})
 }
 
 // texts reads events as they are stored.
-func (s *server) texts(ctx context.Context, names []mxfed.EventID) (texts []string, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		var args []any
-		texts, err = list[string](t, fmt.Sprintf(`SELECT json FROM events WHERE status <> %d AND id IN (`, statusStaged)+in(&args, names)+`)`, args...)
-		return err
-	})
-	return texts, err
+func (s *server) texts(ctx context.Context, names []mxfed.EventID) ([]string, error) {
+	return query(ctx, s.db, func(t *tx) []string { return list[string](t, `SELECT json FROM events WHERE id IN (?)`, names) })
 }
 
-// known returns an event of the room that has its place there, and the state before it; nil if there is none.
-func (t *tx) known(r *room, id mxfed.EventID) (e *mxfed.Event, before int64, err error) {
-	found, err := t.row(`SELECT state_before FROM events WHERE id = $1 AND room = $2 AND state_before IS NOT NULL`, []any{id, r.id}, &before)
-	if err != nil || !found {
-		return nil, 0, err
-	}
-	e, err = t.event(r.version, id)
-	return e, before, err
-}
-
-// accepted reads those of events that the room has accepted. They may have been soft-failed, but for the one that is being
-// checked, which counts only if it is part of the room.
-func (t *tx) accepted(r *room, names []mxfed.EventID, checked mxfed.EventID) (events []*mxfed.Event, err error) {
-	var args []any
-	marks := in(&args, names)
-	args = append(args, r.id, checked)
-	found, err := list[mxfed.EventID](t, fmt.Sprintf(`SELECT id FROM events WHERE id IN (%s) AND room = $%d AND (status = %d OR status = %d AND id <> $%d)`,
-		marks, len(args)-1, statusAccepted, statusSoftFailed, len(args)), args...)
-	if err != nil {
-		return nil, err
-	}
-	return t.events(r.version, found...)
-}
-
-// open reads events for those who may see all of them.
-func (t *tx) open(names []mxfed.EventID) (events []*mxfed.Event, err error) {
-	for names := range slices.Chunk(names, batch) {
-		var args []any
-		err := t.each(func(scan func(...any) error) error {
-			var version mxfed.RoomVersion
-			var text string
-			if err := scan(&version, &text); err != nil {
-				return err
-			}
-			e, err := mxfed.ParseEvent(version, []byte(text))
-			events = append(events, e)
-			return err
-		}, fmt.Sprintf(`SELECT r.version, e.json FROM events e JOIN rooms r ON r.id = e.room WHERE e.status IN (%d, %d) AND e.id IN (`,
-			statusAccepted, statusSoftFailed)+in(&args, names)+`)`, args...)
-		if err != nil {
-			return nil, err
+// visible keeps those of events that a server may see, which is in the room now; an empty origin may see all. State from
+// before this server was in the room is open to all who are in it.
+func (t *tx) visible(origin mxfed.ServerName, of []*roomEvent) (events []*mxfed.Event) {
+	for _, e := range of {
+		if origin == "" || e.Position == 0 || t.sees(origin, e) {
+			events = append(events, e.Event)
 		}
 	}
-	return events, nil
+	return events
 }
 
-// visible reads events that a server may see, which is in the room now.
-func (t *tx) visible(origin mxfed.ServerName, names []mxfed.EventID) (events []*mxfed.Event, err error) {
-	known, err := t.open(names)
-	for _, e := range known {
-		if err != nil {
-			return nil, err
-		}
-		var before int64
-		if _, err := t.row(`SELECT COALESCE(state_before, 0) FROM events WHERE id = $1`, []any{e.ID()}, &before); err != nil {
-			return nil, err
-		}
-		shown := before == 0 // state from before this server was in the room is open to all who are in it
-		if !shown {
-			shown, err = t.sees(&room{id: e.RoomID(), version: e.Version()}, before, origin)
-		}
-		if shown {
-			events = append(events, e)
-		}
-	}
-	return events, err
-}
-
-// sees tells whether a server that is in the room now may see what was sent in a state.
+// sees tells whether a server that is in the room now may see an event.
 // https://spec.matrix.org/v1.19/client-server-api/#room-history-visibility
-func (t *tx) sees(r *room, before int64, origin mxfed.ServerName) (bool, error) {
-	rule, err := t.stateEvents(r.version, state{group: before}, []mxfed.StateKey{{Type: "m.room.history_visibility"}})
-	if err != nil {
-		return false, err
+func (t *tx) sees(origin mxfed.ServerName, e *roomEvent) bool {
+	r := &room{ID: e.RoomID()}
+	visibility := visibilityOf(t.stateEvents(r, e.before, mxfed.StateKey{Type: "m.room.history_visibility"}))
+	if visibility != "joined" && visibility != "invited" {
+		return true
 	}
+	var keys []mxfed.StateKey
+	for _, user := range list[string](t, `SELECT DISTINCT state_key FROM state WHERE room = ? AND type = 'm.room.member' AND server = ?`, r.ID, origin) {
+		keys = append(keys, mxfed.StateKey{Type: "m.room.member", Key: user})
+	}
+	return slices.ContainsFunc(t.stateEvents(r, e.before, keys...), func(m *mxfed.Event) bool {
+		return m.Membership() == "join" || m.Membership() == "invite" && visibility == "invited"
+	})
+}
+
+// visibilityOf reads the entry of a state that says who may see what happens; what is none is the default one.
+func visibilityOf(rule []*mxfed.Event) string {
 	var content struct {
 		Visibility string `json:"history_visibility"`
 	}
-	if len(rule) > 0 {
-		json.Unmarshal(rule[0].Content(), &content) // what is no visibility is the default one
+	if len(rule) > 0 && json.Unmarshal(rule[0].Content(), &content) == nil {
+		return content.Visibility
 	}
-	if content.Visibility != "joined" && content.Visibility != "invited" {
-		return true, nil
-	}
-	users, err := list[string](t, `SELECT DISTINCT state_key FROM events WHERE room = $1 AND server = $2`, r.id, origin)
-	if err != nil {
-		return false, err
-	}
-	keys := make([]mxfed.StateKey, len(users))
-	for i, user := range users {
-		keys[i] = mxfed.StateKey{Type: "m.room.member", Key: user}
-	}
-	members, err := t.stateEvents(r.version, state{group: before}, keys)
-	return slices.ContainsFunc(members, func(e *mxfed.Event) bool {
-		return e.Membership() == "join" || e.Membership() == "invite" && content.Visibility == "invited"
-	}), err
+	return "shared"
 }
 
 // history walks from events back along prev_events, these included, and returns what a server may see: limit at most, as
 // far as events are known here, and none of stop.
-func (t *tx) history(r *room, origin mxfed.ServerName, from, stop []mxfed.EventID, limit int) (events []*mxfed.Event, err error) {
+func (t *tx) history(id mxfed.RoomID, origin mxfed.ServerName, from, stop []mxfed.EventID, limit int) (events []*mxfed.Event) {
 	seen := make(map[mxfed.EventID]bool)
 	for _, id := range stop {
 		seen[id] = true
@@ -201,84 +151,131 @@ func (t *tx) history(r *room, origin mxfed.ServerName, from, stop []mxfed.EventI
 			continue
 		}
 		seen[queue[0]] = true
-		e, _, err := t.known(r, queue[0])
-		if err != nil || e == nil {
-			if err != nil {
-				return nil, err
-			}
-			continue
+		if e := t.placed(id, queue[0]); e != nil {
+			queue = append(queue, e.Prev()...)
+			events = append(events, t.visible(origin, []*roomEvent{e})...)
 		}
-		queue = append(queue, e.Prev()...)
-		shown, err := t.visible(origin, []mxfed.EventID{e.ID()})
-		if err != nil {
-			return nil, err
-		}
-		events = append(events, shown...)
 	}
-	return events, nil
+	return events
 }
 
 // position is where the stream of accepted events ends now.
-func (s *server) position(ctx context.Context) (now int64, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		_, err := t.row(`SELECT position FROM stream`, nil, &now)
-		return err
-	})
-	return now, err
+func (t *tx) position() int64 {
+	position, _ := one[int64](t, `SELECT position FROM stream`)
+	return position
 }
 
-// memberships are the user's, changed after since; 0 for all.
-func (s *server) memberships(ctx context.Context, user mxfed.UserID, since int64) (all []*membership, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		all, err = t.memberships(`m.user_id = $1 AND m.position > $2`, user, since)
-		return err
-	})
-	return all, err
+// membership is how a local user stands to a room.
+type membership struct {
+	Room       mxfed.RoomID
+	Membership string // join, invite, knock, leave, ban
+	// Position is that of the last change. Joined is where the last stay began, and Left where it ended; 0 for one who never
+	// was in the room, or still is. Entered is the position of the state that another server told when this one came in last,
+	// and Completed that at which the members were there that it had left out; 0 if there was nothing like it.
+	Position, Joined, Left, Entered, Completed int64
+	// Event is the member event; nil if none is known, as for one who has lost against another branch of the room.
+	Event *mxfed.Event
+	// Shown is what a room shows to the invited or knocking: stripped state, objects of type, state_key, sender and content,
+	// the user's own member event among them.
+	Shown []json.RawMessage
+
+	version mxfed.RoomVersion
+	via     []mxfed.ServerName // servers that may know the room
 }
 
-// memberships reads how users stand to rooms.
-func (t *tx) memberships(condition string, args ...any) (all []*membership, err error) {
-	err = t.each(func(scan func(...any) error) error {
-		m := &membership{}
-		var version mxfed.RoomVersion
-		var text, shown, via string
-		var forgotten int
-		err := scan(&m.Room, &m.Membership, &m.Position, &m.Joined, &version, &text, &shown, &via, &forgotten)
-		if err != nil {
-			return err
-		}
-		m.version, m.Forgotten = version, forgotten != 0
-		if text != "" {
-			if m.Event, err = mxfed.ParseEvent(version, []byte(text)); err != nil {
-				return err
-			}
-		}
-		if err := json.Unmarshal([]byte(shown), &m.Shown); err != nil {
-			return err
-		}
-		all = append(all, m)
-		return json.Unmarshal([]byte(via), &m.via)
-	}, `SELECT m.room, m.membership, m.position, m.joined, m.version, COALESCE(e.json, m.outside), m.shown, m.via, m.forgotten
-		FROM memberships m LEFT JOIN events e ON e.id = m.event WHERE `+condition+` ORDER BY m.position`, args...)
-	return all, err
-}
-
-// membership is how a user stands to a room; nil if the user never had to do with it.
-func (t *tx) membership(user mxfed.UserID, id mxfed.RoomID) (*membership, error) {
-	all, err := t.memberships(`m.user_id = $1 AND m.room = $2`, user, id)
-	if err != nil || len(all) == 0 {
-		return nil, err
+// memberships are the user's, by the rooms' states as far as this server is in them, and by what it was told as far as it is
+// not: whatever is newer counts.
+func (t *tx) memberships(user mxfed.UserID, in ...mxfed.RoomID) (all []*membership) {
+	only, args := "", []any{user}
+	if len(in) > 0 {
+		only, args = ` AND m.room IN (?)`, append(args, in)
 	}
-	return all[0], nil
+	rows := list[struct {
+		Room                             mxfed.RoomID
+		Version                          mxfed.RoomVersion
+		Membership                       string
+		Entered, Completed, Since, Until int64
+		Text, Shown, Via                 string
+	}](t, `SELECT m.room, r.version, m.membership, r.entered, r.completed, m.since, m.until, e.json AS text, '' AS shown, '[]' AS via
+		FROM state m JOIN rooms r ON r.id = m.room JOIN events e ON e.id = m.event WHERE m.type = 'm.room.member' AND m.state_key = ?`+only+`
+		UNION ALL SELECT room, version, membership, 0, 0, position, 9223372036854775807, event, shown, via FROM outside m WHERE user_id = ?`+only+`
+		ORDER BY 6`, append(args, args...)...)
+	found, last := make(map[mxfed.RoomID]*membership), make(map[mxfed.RoomID]int)
+	for i, row := range rows {
+		m := found[row.Room]
+		if m == nil {
+			m = &membership{Room: row.Room}
+			found[row.Room], all = m, append(all, m)
+		}
+		m.follow(row.Membership, row.Since)
+		m.Entered, m.Completed = max(m.Entered, row.Entered), max(m.Completed, row.Completed)
+		m.version, last[row.Room] = row.Version, i
+	}
+	for _, m := range all {
+		row := rows[last[m.Room]]
+		if row.Until != forever {
+			m.follow("leave", row.Until)
+			continue
+		}
+		m.Event = t.parse(row.Version, row.Text)
+		json.Unmarshal([]byte(row.Via), &m.via) // as it was written here, like Shown
+		if row.Shown != "" {
+			json.Unmarshal([]byte(row.Shown), &m.Shown)
+		} else if m.Membership == "invite" || m.Membership == "knock" {
+			m.Shown = t.preview(m.Room, user)
+		}
+	}
+	return all
+}
+
+// follow takes the next change of a membership in.
+func (m *membership) follow(membership string, position int64) {
+	switch {
+	case membership == "join" && m.Membership != "join":
+		m.Joined, m.Left = position, 0
+	case membership != "join" && m.Membership == "join":
+		m.Left = position
+	}
+	m.Membership, m.Position = membership, position
+}
+
+// membership is how a user stands to one room; nil if the user never had to do with it.
+func (t *tx) membership(user mxfed.UserID, id mxfed.RoomID) *membership {
+	all := t.memberships(user, id)
+	if len(all) == 0 {
+		return nil
+	}
+	return all[0]
+}
+
+// preview is what a room shows to a local user who is invited or knocks.
+// https://spec.matrix.org/v1.19/client-server-api/#stripped-state
+func (t *tx) preview(id mxfed.RoomID, user mxfed.UserID) (shown []json.RawMessage) {
+	keys := []mxfed.StateKey{{Type: "m.room.member", Key: string(user)}}
+	for _, typ := range []string{"create", "join_rules", "canonical_alias", "name", "avatar", "topic", "encryption"} {
+		keys = append(keys, mxfed.StateKey{Type: "m.room." + typ})
+	}
+	for _, e := range t.stateEvents(&room{ID: id}, snapshot{base: forever - 1}, keys...) {
+		shown = append(shown, strippedEvent(e))
+	}
+	return shown
+}
+
+// strippedEvent is an event as it is shown to those who are not in the room.
+func strippedEvent(e *mxfed.Event) json.RawMessage {
+	return stripped(&mxfed.Stripped{Type: e.Type(), StateKey: keyOf(e).Key, Sender: e.Sender(), Content: e.Content()})
+}
+
+func stripped(e *mxfed.Stripped) json.RawMessage {
+	return asJSON(map[string]any{"type": e.Type, "state_key": e.StateKey, "sender": e.Sender, "content": e.Content})
 }
 
 // timeline returns the last of a room's events that were accepted after after and not after upTo, in order, limit at most;
 // limited tells that there are more. It checks nothing: ask only for what a membership lets the user see.
 func (s *server) timeline(ctx context.Context, id mxfed.RoomID, after, upTo int64, limit int) (events []*roomEvent, limited bool, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		events, err = t.roomEvents(fmt.Sprintf(`e.room = $1 AND e.position > $2 AND e.position <= $3 AND e.status = %d ORDER BY e.position DESC LIMIT %d`,
-			statusAccepted, limit+1), id, after, upTo)
-		return err
+	events, err = query(ctx, s.db, func(t *tx) []*roomEvent {
+		return t.stored(`e.room = ? AND e.position > 0 AND e.position > ? AND e.position <= ? AND e.status = ? ORDER BY e.position DESC LIMIT ?`,
+			id, after, upTo, statusAccepted, limit+1)
 	})
 	if limited = len(events) > limit; limited {
 		events = events[:limit]
@@ -287,198 +284,31 @@ func (s *server) timeline(ctx context.Context, id mxfed.RoomID, after, upTo int6
 	return events, limited, err
 }
 
-// roomEvents reads events as clients are to see them.
-func (t *tx) roomEvents(condition string, args ...any) (events []*roomEvent, err error) {
-	err = t.each(func(scan func(...any) error) error {
-		e := &roomEvent{}
-		var version mxfed.RoomVersion
-		var text, replaced string
-		var received int64
-		if err := scan(&version, &text, &e.Position, &received, &e.Device, &e.Txn, &replaced); err != nil {
-			return err
-		}
-		e.Received = timeOf(received)
-		if e.Event, err = mxfed.ParseEvent(version, []byte(text)); err != nil {
-			return err
-		}
-		if replaced != "" {
-			e.Replaced, err = mxfed.ParseEvent(version, []byte(replaced))
-		}
-		events = append(events, e)
-		return err
-	}, `SELECT r.version, e.json, COALESCE(e.position, 0), e.received, e.device, e.txn, COALESCE(p.json, '')
-		FROM events e JOIN rooms r ON r.id = e.room LEFT JOIN events p ON p.id = e.replaced WHERE `+condition, args...)
-	return events, err
-}
-
 // stateAt is the state of a room at a position, those entries of it that were set after after (0: all).
-func (s *server) stateAt(ctx context.Context, id mxfed.RoomID, after, at int64) (events []*roomEvent, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		now, err := t.groupAt(id, at)
-		if err != nil || now == 0 {
-			return err
-		}
-		var old int64
-		if after > 0 {
-			if old, err = t.groupAt(id, after); err != nil {
-				return err
-			}
-		}
-		if old == 0 {
-			events, err = t.wholeState(now)
-			return err
-		}
-		f, err := t.fork([]int64{old, now})
-		if err != nil {
-			return err
-		}
-		var names []mxfed.EventID
-		for _, k := range f.conflicts(2) {
-			names = append(names, f.values[1][k])
-		}
-		events, err = t.roomEventsByID(names)
-		return err
+func (s *server) stateAt(ctx context.Context, id mxfed.RoomID, after, at int64) ([]*roomEvent, error) {
+	return query(ctx, s.db, func(t *tx) []*roomEvent {
+		return t.stored(`e.id IN (SELECT event FROM state WHERE room = ? AND since > ? AND since <= ? AND until > ?)`, id, after, at, at)
 	})
-	return events, err
 }
 
-// groupAt is the current state of a room as of a position, 0 if this server was not in it.
-func (t *tx) groupAt(id mxfed.RoomID, position int64) (group int64, err error) {
-	found, err := t.row(`SELECT room_state FROM events WHERE room = $1 AND position <= $2 ORDER BY position DESC LIMIT 1`, []any{id, position}, &group)
-	if err == nil && !found { // the state that this server was told when it joined
-		_, err = t.row(`SELECT COALESCE(state_before, 0) FROM events WHERE room = $1 AND position > $2 ORDER BY position LIMIT 1`, []any{id, position}, &group)
-	}
-	return group, err
-}
-
-func (t *tx) wholeState(group int64) (events []*roomEvent, err error) {
-	var last mxfed.StateKey
-	for more := true; more; {
-		var page []entry
-		if page, last, more, err = t.page(group, last, true); err != nil {
-			return nil, err
-		}
-		names := make([]mxfed.EventID, len(page))
-		for i, e := range page {
-			names[i] = e.event
-		}
-		found, err := t.roomEventsByID(names)
-		if err != nil {
-			return nil, err
-		}
-		events = append(events, found...)
-	}
-	return events, nil
-}
-
-func (t *tx) roomEventsByID(names []mxfed.EventID) (events []*roomEvent, err error) {
-	for names := range slices.Chunk(names, batch) {
-		var args []any
-		found, err := t.roomEvents(`e.id IN (`+in(&args, names)+`)`, args...)
-		if err != nil {
-			return nil, err
-		}
-		events = append(events, found...)
-	}
-	return events, nil
-}
-
-// sight is up to which position a user sees a room: to the end if joined, to where they left if they were. Everybody else
-// gets ErrForbidden.
-func (t *tx) sight(user mxfed.UserID, id mxfed.RoomID) (upTo int64, err error) {
-	var membership string
-	found, err := t.row(`SELECT membership, left_at FROM memberships WHERE user_id = $1 AND room = $2`, []any{user, id}, &membership, &upTo)
-	switch {
-	case err != nil:
-		return 0, err
-	case found && membership == "join":
-		return math.MaxInt64, nil
-	case !found || upTo == 0:
-		return 0, orForbidden(nil, "you are not in the room")
-	}
-	return upTo, nil
-}
-
-// roomState is the state of a room for a user; keys, if any, restrict it.
+// roomState is the state of a room for a user: as it is for one who is in the room, and as it was for one who was. Everybody
+// else gets ErrForbidden. A key restricts it.
 func (s *server) roomState(ctx context.Context, user mxfed.UserID, id mxfed.RoomID, keys ...mxfed.StateKey) (events []*roomEvent, err error) {
 	err = s.db.view(ctx, func(t *tx) error {
-		upTo, err := t.sight(user, id)
-		if err != nil {
-			return err
+		m := t.membership(user, id)
+		if m == nil || m.Joined == 0 {
+			return orForbidden(nil, "you are not in the room")
 		}
-		group, err := t.groupAt(id, upTo)
-		if err != nil {
-			return err
+		at := int64(forever - 1)
+		if m.Left > 0 {
+			at = m.Left
 		}
-		if len(keys) == 0 {
-			events, err = t.wholeState(group)
-			return err
+		query, args := `e.id IN (SELECT event FROM state WHERE room = ? AND since <= ? AND until > ?`, []any{id, at, at}
+		for _, k := range keys {
+			query, args = query+` AND type = ? AND state_key = ?`, append(args, k.Type, k.Key)
 		}
-		found, err := t.entries(state{group: group}, keys)
-		if err != nil {
-			return err
-		}
-		var names []mxfed.EventID
-		for _, id := range found {
-			names = append(names, id)
-		}
-		events, err = t.roomEventsByID(names)
-		return err
+		events = t.stored(query+`)`, args...)
+		return nil
 	})
 	return events, err
-}
-
-// roomEvent is one event of the room.
-func (s *server) roomEvent(ctx context.Context, user mxfed.UserID, id mxfed.RoomID, event mxfed.EventID) (e *roomEvent, err error) {
-	err = s.db.view(ctx, func(t *tx) error {
-		upTo, err := t.sight(user, id)
-		if err != nil {
-			return err
-		}
-		events, err := t.roomEvents(fmt.Sprintf(`e.id = $1 AND e.room = $2 AND COALESCE(e.position, 0) <= $3 AND e.status = %d`, statusAccepted), event, id, upTo)
-		if err != nil || len(events) == 0 {
-			return orNotFound(err)
-		}
-		e = events[0]
-		return nil
-	})
-	return e, err
-}
-
-// local finds the joined user of this server who has the most power in the room.
-func (t *tx) local(r *room, own mxfed.ServerName) (*mxfed.Event, error) {
-	state, err := t.current(r, mxfed.StateKey{Type: "m.room.create"}, mxfed.StateKey{Type: "m.room.power_levels"})
-	if err != nil {
-		return nil, err
-	}
-	powers := make(map[string]int64)
-	for _, e := range state {
-		var content struct{ Users map[string]json.Number }
-		json.Unmarshal(e.Content(), &content) // without levels everybody is as good
-		for user, level := range content.Users {
-			powers[user], _ = level.Int64()
-		}
-		if e.Type() == "m.room.create" && (r.version == "12" || len(state) == 1) {
-			powers[string(e.Sender())] = 1 << 62
-		}
-	}
-	names := slices.SortedFunc(maps.Keys(powers), func(a, b string) int { return int(min(1, max(-1, powers[b]-powers[a]))) })
-	for _, user := range names {
-		member, err := t.current(r, mxfed.StateKey{Type: "m.room.member", Key: user})
-		if err != nil || len(member) > 0 && member[0].Membership() == "join" && mxfed.UserID(user).Server() == own {
-			return first(member), err
-		}
-	}
-	found, err := list[mxfed.EventID](t, `SELECT event FROM current_state WHERE room = $1 AND membership = 'join' AND server = $2 LIMIT 1`, r.id, own)
-	if err != nil || len(found) == 0 {
-		return nil, err
-	}
-	return t.event(r.version, found[0])
-}
-
-func first(events []*mxfed.Event) *mxfed.Event {
-	if len(events) == 0 {
-		return nil
-	}
-	return events[0]
 }

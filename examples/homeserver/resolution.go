@@ -3,12 +3,14 @@ package main
 import (
 	"cmp"
 	"encoding/json"
+	"errors"
 	"maps"
 	"math"
 	"slices"
 	"strconv"
 
 	"example.org/mxfed"
+	"example.org/mxfed/gmslbridge"
 )
 
 // This file resolves states by the algorithms of room versions 2 and 12, for hundreds of states at once: many joins at the
@@ -29,12 +31,18 @@ type idSet map[mxfed.EventID]bool
 
 // run resolves states, of which each says something else about the disputed entries, "" for not set, and the same about
 // others, of which agreed are those that matter. It returns the outcome, agreed entries included.
-func (r *resolution) run(agreed []*mxfed.Event, states [][]mxfed.EventID) map[mxfed.StateKey]*mxfed.Event {
-	r.state = make(map[mxfed.StateKey]*mxfed.Event)
+func (r *resolution) run(agreed []*mxfed.Event, states [][]mxfed.EventID) (map[mxfed.StateKey]*mxfed.Event, error) {
 	unconflicted := make(map[mxfed.StateKey]*mxfed.Event)
 	for _, e := range agreed {
 		unconflicted[keyOf(e)] = e
 	}
+	if r.version == "1" {
+		return r.runElsewhere(agreed, states)
+	}
+	if r.create = unconflicted[mxfed.StateKey{Type: "m.room.create"}]; r.create == nil {
+		return nil, errors.New("the states do not agree about the create event")
+	}
+	r.state = make(map[mxfed.StateKey]*mxfed.Event)
 	if r.version != "12" {
 		maps.Copy(r.state, unconflicted)
 	}
@@ -44,12 +52,26 @@ func (r *resolution) run(agreed []*mxfed.Event, states [][]mxfed.EventID) map[mx
 	maps.DeleteFunc(full, func(id mxfed.EventID, _ bool) bool { return power[id] })
 	r.apply(r.byMainline(full))
 	maps.Copy(r.state, unconflicted)
-	return r.state
+	return r.state, nil
 }
 
-func keyOf(e *mxfed.Event) mxfed.StateKey {
-	key, _ := e.StateKey()
-	return mxfed.StateKey{Type: e.Type(), Key: key}
+// runElsewhere has gomatrixserverlib run the algorithm of room version 1.
+func (r *resolution) runElsewhere(agreed []*mxfed.Event, states [][]mxfed.EventID) (map[mxfed.StateKey]*mxfed.Event, error) {
+	sets := make([][]*mxfed.Event, len(states))
+	for i, state := range states {
+		sets[i] = slices.Clone(agreed)
+		for _, id := range state {
+			if e := r.chain[id]; e != nil {
+				sets[i] = append(sets[i], e)
+			}
+		}
+	}
+	events, err := gmslbridge.ResolveState(r.version, sets, slices.Collect(maps.Values(r.chain)), func(id mxfed.EventID) bool { return r.rejected[id] })
+	outcome := make(map[mxfed.StateKey]*mxfed.Event)
+	for _, e := range events {
+		outcome[keyOf(e)] = e
+	}
+	return outcome, err
 }
 
 // conflicted is the full conflicted set: disputed entries, what is not in the auth chains of all states, and from version
@@ -292,13 +314,13 @@ func (r *resolution) apply(events []*mxfed.Event) {
 				auth, found[keyOf(a)] = append(auth, a), a
 			}
 		}
-		for _, k := range deciding(map[mxfed.EventID]*mxfed.Event{e.ID(): e}) {
+		for _, k := range e.Query().State {
 			if now := r.state[k]; now != nil {
 				found[k] = now
 			}
 		}
 		state := slices.Collect(maps.Values(found))
-		if (&mxfed.Membership{Event: e}).Check(&mxfed.Room{Version: r.version, Events: auth, Before: state, State: state}) == nil {
+		if e.Check(&mxfed.Room{Version: r.version, Events: auth, Before: state, State: state}) == nil {
 			r.state[keyOf(e)] = e
 		}
 	}

@@ -32,7 +32,7 @@ func (w *world) inviteJoinLeave(a, b *server, alice, bob mxfed.UserID, version m
 	require.NotEmpty(w, m.Shown)
 	require.NoError(w, b.joinRoom(w.Context(), bob, id, nil, nil))
 	require.Equal(w, "join", w.stands(a, id, bob))
-	require.Equal(w, w.state(a, id), w.state(b, id))
+	w.agree(a, b, id)
 
 	w.say(a, alice, id, "hello")
 	w.eventually(func() bool { return len(w.bodies(b, id)) == 1 })

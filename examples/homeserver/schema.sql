@@ -7,106 +7,99 @@ CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE stream (position BIGINT NOT NULL);
 INSERT INTO stream VALUES (0);
 
--- A room without a state group is being joined for the first time. The one who joins, or completes a room whose members
--- were left out, holds it until a time. Partial names, as a JSON list, servers that know the members.
+-- Rooms that this server is or was in. Entered is the position of the state that another server told when this one came in
+-- last, 0 for a room made here. If most members were left out of it, partial lists servers that know them, as JSON, one
+-- process holds the room until a time to fetch them, and completed is the position at which they are there.
 CREATE TABLE rooms (
 	id TEXT PRIMARY KEY,
-	version TEXT NOT NULL DEFAULT '',
-	state BIGINT NOT NULL DEFAULT 0,
-	held_until BIGINT NOT NULL DEFAULT 0,
+	version TEXT NOT NULL,
+	entered BIGINT NOT NULL DEFAULT 0,
 	partial TEXT NOT NULL DEFAULT '',
-	entered TEXT NOT NULL DEFAULT ''
+	completed BIGINT NOT NULL DEFAULT 0,
+	held_until BIGINT NOT NULL DEFAULT 0
 );
 
--- Status: 0 accepted, 1 soft-failed, 2 rejected, 3 not proven yet. An event without a position came as part of a state or
--- its auth chain. Staged: 1 for what arrives with a state that is being fetched, 2 for its entries. Of a member event,
--- server is that of the user whom it is about.
+-- A room that is being joined, until a time at most.
+CREATE TABLE joining (room TEXT PRIMARY KEY, until BIGINT NOT NULL);
+
+-- Status: 0 accepted, 1 soft-failed, 2 rejected. An event without a position came as part of a state or its auth chain. The
+-- state after an event is the room's state at position base, but for differs: see snapshot in state.go. Replaced is what a
+-- state event took the place of. Latest is 1 for those that no accepted event follows.
 CREATE TABLE events (
 	id TEXT PRIMARY KEY,
 	room TEXT NOT NULL,
-	type TEXT NOT NULL,
-	state_key TEXT,
 	sender TEXT NOT NULL,
-	membership TEXT NOT NULL,
-	server TEXT NOT NULL,
-	depth BIGINT NOT NULL,
 	auth TEXT NOT NULL,
 	json TEXT NOT NULL,
 	status INTEGER NOT NULL,
-	staged INTEGER NOT NULL DEFAULT 0,
-	position BIGINT,
-	received BIGINT NOT NULL,
-	state_before BIGINT,
-	state_after BIGINT,
-	room_state BIGINT,
-	replaced TEXT,
+	position BIGINT NOT NULL DEFAULT 0,
+	base BIGINT NOT NULL DEFAULT 0,
+	differs TEXT NOT NULL DEFAULT '',
+	replaced TEXT NOT NULL DEFAULT '',
+	latest INTEGER NOT NULL DEFAULT 0,
 	device TEXT NOT NULL DEFAULT '',
 	txn TEXT NOT NULL DEFAULT ''
 );
-CREATE INDEX events_by_position ON events (room, position);
-CREATE INDEX events_staged ON events (room) WHERE staged > 0;
-CREATE INDEX events_by_server ON events (room, server) WHERE server <> '';
+CREATE INDEX events_by_position ON events (room, position) WHERE position > 0;
+CREATE INDEX events_latest ON events (room) WHERE latest = 1;
+CREATE INDEX events_by_txn ON events (sender, device, txn) WHERE txn <> '';
 
-CREATE TABLE edges (parent TEXT NOT NULL, child TEXT NOT NULL, PRIMARY KEY (parent, child));
-CREATE INDEX edges_by_child ON edges (child);
+-- Events that accepted ones follow, whether they are known or not.
+CREATE TABLE followed (event TEXT PRIMARY KEY);
 
-CREATE TABLE extremities (room TEXT NOT NULL, event TEXT NOT NULL, PRIMARY KEY (room, event));
-
--- A state is a chain of groups, each of which overrides what the next one says: see state.go. An empty event: not set.
-CREATE TABLE state_groups (id BIGSERIAL PRIMARY KEY, room TEXT NOT NULL, depth BIGINT NOT NULL, skip BIGINT NOT NULL);
-CREATE TABLE state_entries (
-	state_group BIGINT NOT NULL,
-	type TEXT NOT NULL,
-	state_key TEXT NOT NULL,
-	event TEXT NOT NULL,
-	PRIMARY KEY (state_group, type, state_key)
-);
-
-CREATE TABLE current_state (
+-- The history of every room's state. An entry holds at positions from since on, and before until, which is the largest
+-- number there is for what holds now. Of a member event, server is that of the user whom it is about.
+CREATE TABLE state (
 	room TEXT NOT NULL,
 	type TEXT NOT NULL,
 	state_key TEXT NOT NULL,
 	event TEXT NOT NULL,
 	membership TEXT NOT NULL,
 	server TEXT NOT NULL,
-	PRIMARY KEY (room, type, state_key)
+	since BIGINT NOT NULL,
+	until BIGINT NOT NULL,
+	PRIMARY KEY (room, type, state_key, since)
 );
-CREATE INDEX current_servers ON current_state (room, membership, server);
+CREATE INDEX state_since ON state (room, since);
+CREATE INDEX state_until ON state (room, until);
+CREATE INDEX state_servers ON state (room, server, membership) WHERE until = 9223372036854775807 AND server <> '';
+CREATE INDEX state_users ON state (state_key) WHERE type = 'm.room.member';
 
--- How local users stand to rooms: joined and left_at are the positions of the last changes into and out of join. Outside is the member event, and via who knows the room, if this server is not in it;
--- shown is what the room shows of itself then.
-CREATE TABLE memberships (
+-- Events of a state that is being fetched, and of its auth chain, until all of it is proven. Entry is 1 for those that are
+-- the state.
+CREATE TABLE incoming (
+	intake TEXT NOT NULL,
+	id TEXT NOT NULL,
+	room TEXT NOT NULL,
+	type TEXT NOT NULL,
+	state_key TEXT NOT NULL,
+	membership TEXT NOT NULL,
+	server TEXT NOT NULL,
+	sender TEXT NOT NULL,
+	auth TEXT NOT NULL,
+	json TEXT NOT NULL,
+	entry INTEGER NOT NULL,
+	received BIGINT NOT NULL,
+	PRIMARY KEY (intake, id)
+);
+
+-- How local users stand to rooms by what other servers have told them: invites and knocks, and their ends. Shown is what the
+-- room shows of itself, via are servers that know it.
+CREATE TABLE outside (
 	user_id TEXT NOT NULL,
 	room TEXT NOT NULL,
 	membership TEXT NOT NULL,
-	position BIGINT NOT NULL,
-	joined BIGINT NOT NULL DEFAULT 0,
-	left_at BIGINT NOT NULL DEFAULT 0,
 	version TEXT NOT NULL,
-	event TEXT NOT NULL DEFAULT '',
-	outside TEXT NOT NULL DEFAULT '',
-	shown TEXT NOT NULL DEFAULT '[]',
-	via TEXT NOT NULL DEFAULT '[]',
-	forgotten INTEGER NOT NULL DEFAULT 0,
+	event TEXT NOT NULL,
+	shown TEXT NOT NULL,
+	via TEXT NOT NULL,
+	position BIGINT NOT NULL,
 	PRIMARY KEY (user_id, room)
 );
-CREATE INDEX memberships_by_position ON memberships (user_id, position);
 
-CREATE TABLE users (
-	id TEXT PRIMARY KEY,
-	password TEXT NOT NULL,
-	displayname TEXT NOT NULL DEFAULT '',
-	avatar_url TEXT NOT NULL DEFAULT ''
-);
+CREATE TABLE users (id TEXT PRIMARY KEY, displayname TEXT NOT NULL DEFAULT '', avatar_url TEXT NOT NULL DEFAULT '');
 CREATE TABLE tokens (hash TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES users (id), device TEXT NOT NULL);
-CREATE TABLE client_txns (
-	user_id TEXT NOT NULL,
-	device TEXT NOT NULL,
-	txn TEXT NOT NULL,
-	event TEXT NOT NULL,
-	PRIMARY KEY (user_id, device, txn)
-);
-CREATE TABLE aliases (alias TEXT PRIMARY KEY, room TEXT NOT NULL, creator TEXT NOT NULL);
+CREATE TABLE aliases (alias TEXT PRIMARY KEY, room TEXT NOT NULL);
 
 -- Keys of other servers, and the answer to the last transaction of each.
 CREATE TABLE remote_keys (

@@ -6,9 +6,9 @@ import (
 	"errors"
 	"log/slog"
 	"net/http"
-	"time"
 
 	"example.org/mxfed"
+	"golang.org/x/sync/errgroup"
 )
 
 // This file is the server as the rest of the program sees it: what it is made of, and the words in which the client API
@@ -24,21 +24,19 @@ type settings struct {
 	HTTP http.RoundTripper
 	// Log gets what the server does; nil discards it.
 	Log *slog.Logger
-	// Progress, if set, is told how a join of a big room gets on, from the goroutine that does the work.
-	Progress func(progress)
+	// Progress, if set, returns what is to be told how a join gets on, from the goroutine that does the work.
+	Progress func(mxfed.RoomID) func(progress)
 }
 
-// progress is how far the join of a room, or the completion of one, has got.
+// progress is how far the join of a room has got.
 type progress struct {
-	Room   mxfed.RoomID
 	Via    mxfed.ServerName
 	Events int   // verified and stored so far
 	Bytes  int64 // received so far
-	// Dropped events failed a check; known only when Done.
+	// Done comes once, at the end, with the number of events that failed a check, or with Err.
+	Done    bool
 	Dropped int
-	// Done comes once, at the end, with Err if it failed.
-	Done bool
-	Err  error
+	Err     error
 }
 
 // server is one process of a homeserver. It is safe for concurrent use. All it knows is in the database.
@@ -48,8 +46,7 @@ type server struct {
 	fed      *mxfed.Server
 	host     *host
 	log      *slog.Logger
-	progress func(progress)
-	sending  *sender
+	progress func(mxfed.RoomID) func(progress)
 }
 
 // openServer opens the database, brings its schema up to date and loads the signing key, which it makes at the first start.
@@ -58,74 +55,64 @@ func openServer(ctx context.Context, set settings) (*server, error) {
 		set.Log = slog.New(slog.DiscardHandler)
 	}
 	if set.Progress == nil {
-		set.Progress = func(progress) {}
+		set.Progress = func(mxfed.RoomID) func(progress) { return func(progress) {} }
 	}
 	db, err := openDatabase(ctx, set.Database, set.Name, set.Log)
 	if err != nil {
 		return nil, err
 	}
 	s := &server{name: set.Name, db: db, log: set.Log, progress: set.Progress}
-	if err := s.start(ctx, set); err != nil {
+	s.host = &host{server: s}
+	signer, err := s.signer(ctx)
+	if err == nil {
+		keys := &mxfed.KeyRing{Store: &keyStore{db}, HTTP: set.HTTP}
+		s.fed, err = mxfed.NewServer(mxfed.Config{Signers: []*mxfed.Signer{signer}, Rooms: s.host, Keys: keys, HTTP: set.HTTP,
+			Logger: set.Log})
+	}
+	if err != nil {
 		return nil, errors.Join(err, db.close())
 	}
 	return s, nil
 }
 
-// start makes the library's server over the database.
-func (s *server) start(ctx context.Context, set settings) error {
-	signer, err := s.signer(ctx)
-	if err != nil {
-		return err
-	}
-	s.host = &host{server: s}
-	keys := &mxfed.KeyRing{Store: &keyStore{s.db}, HTTP: set.HTTP}
-	s.fed, err = mxfed.NewServer(mxfed.Config{Signers: []*mxfed.Signer{signer}, Rooms: s.host, Keys: keys, HTTP: set.HTTP,
-		Allow: s.sentSomething, Logger: set.Log})
-	s.sending = newSender(s)
-	return err
-}
-
 // run does what goes on beside requests, sending above all, until ctx ends. It returns when all of it has stopped.
 func (s *server) run(ctx context.Context) error {
-	return runAll(ctx, s.db.listen, s.sending.run, s.completeRooms)
+	group, ctx := errgroup.WithContext(ctx)
+	for _, f := range []func(context.Context) error{s.db.listen, s.sendAll, s.completeRooms} {
+		group.Go(func() error { return f(ctx) })
+	}
+	return group.Wait()
 }
 
 // close closes the database. Requests and run must have ended.
 func (s *server) close() error { return s.db.close() }
 
-// Errors of the client API that mxfed has no name for.
-const (
-	errUserInUse    mxfed.ErrorCode = "M_USER_IN_USE"      // 400
-	errRoomInUse    mxfed.ErrorCode = "M_ROOM_IN_USE"      // 400: the alias is taken
-	errUnknownToken mxfed.ErrorCode = "M_UNKNOWN_TOKEN"    // 401
-	errMissingToken mxfed.ErrorCode = "M_MISSING_TOKEN"    // 401
-	errInvalidUser  mxfed.ErrorCode = "M_INVALID_USERNAME" // 400
-)
+// errRoomInUse: the alias is taken.
+const errRoomInUse mxfed.ErrorCode = "M_ROOM_IN_USE"
 
 // session is what an access token stands for.
 type session struct {
-	User   mxfed.UserID
+	User   mxfed.UserID `db:"user_id"`
 	Device string
 }
 
 // profile is what a user shows of themselves; empty fields are not set.
 type profile struct {
 	DisplayName string `json:"displayname,omitempty"`
-	AvatarURL   string `json:"avatar_url,omitempty"`
+	AvatarURL   string `json:"avatar_url,omitempty" db:"avatar_url"`
 }
 
 // roomRequest is what createRoom makes a room of.
 type roomRequest struct {
-	Version mxfed.RoomVersion // empty: "12"
-	// Preset is private_chat, trusted_private_chat or public_chat; empty: private_chat.
-	Preset          string
-	Name, Topic     string
-	Alias           string // localpart
-	Direct          bool   // invites carry is_direct
-	Invite          []mxfed.UserID
-	State           []stateEntry    // initial_state
-	CreationContent json.RawMessage // more of the create event's content
-	PowerLevels     json.RawMessage // power_level_content_override
+	Version mxfed.RoomVersion `json:"room_version"` // empty: "12"
+	Preset  string            `json:"preset"`       // private_chat, trusted_private_chat or public_chat; empty: private_chat
+	Name    string            `json:"name"`
+	Alias   string            `json:"room_alias_name"` // localpart
+	Direct  bool              `json:"is_direct"`       // invites carry it
+	Invite  []mxfed.UserID    `json:"invite"`
+	State   []stateEntry      `json:"initial_state"` // in place of what the preset says
+	// PowerLevels take the place of entries of the preset's.
+	PowerLevels map[string]any `json:"power_level_content_override"`
 }
 
 // stateEntry is a state event that a client wants to set.
@@ -142,39 +129,6 @@ type message struct {
 	Type     string
 	StateKey *string // nil: no state
 	Content  json.RawMessage
-	Redacts  mxfed.EventID // of an m.room.redaction
 	// Device and Txn make sending idempotent: what the same device has sent under the same Txn is not sent again.
 	Device, Txn string
-}
-
-// roomEvent is an event as a client is to see it.
-type roomEvent struct {
-	*mxfed.Event
-	// Position is where the event stands in the stream of all that this server has accepted; 0 for state from before this
-	// server was in the room.
-	Position int64
-	Received time.Time
-	// Replaced is the entry that a state event took the place of, nil if there was none.
-	Replaced *mxfed.Event
-	// Device and Txn are those of message, for the sender's own device.
-	Device, Txn string
-}
-
-// membership is how a local user stands to a room.
-type membership struct {
-	Room       mxfed.RoomID
-	Membership string // join, invite, knock, leave, ban
-	// Position is that of the change; a user who has left sees events up to it. Joined is where the last join stands, 0
-	// for one who never was in the room.
-	Position, Joined int64
-	// Event is the member event; nil if none is known, as after an invite that could not be rejected properly.
-	Event *mxfed.Event
-	// Shown is what a room shows to the invited or knocking: stripped state, objects of type, state_key, sender and content,
-	// the user's own member event among them.
-	Shown []json.RawMessage
-	// Forgotten rooms are not to be listed.
-	Forgotten bool
-
-	version mxfed.RoomVersion
-	via     []mxfed.ServerName // servers that may know the room
 }

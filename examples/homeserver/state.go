@@ -1,561 +1,272 @@
 package main
 
 import (
-	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"maps"
 	"slices"
 	"strings"
 
 	"example.org/mxfed"
-	"example.org/mxfed/gmslbridge"
 )
 
-// This file keeps the states of rooms. A state is a group: the entries that it sets, on top of another group. Groups form a
-// tree; the one at depth d says all that changed since depth d without its lowest bit, so that no state, however long its
-// history, is spread over more than log2(d) groups, and each entry is copied log2(d) times at most.
+// This file is about states. The state of a room has a history, told by positions of the stream; the state after an event is
+// that of a position. It differs from it only for an event that knew nothing of others, as when many users join at the same
+// time; where branches of the room come together, their states are resolved into one.
 
-// state is a group and what is different from it. A changed entry without an event is not set.
-type state struct {
-	group   int64
-	changes map[mxfed.StateKey]mxfed.EventID
+// snapshot is a state of a room: that at a position, but for some entries. One without an event is not set. Whatever has
+// to be stored with an event is as long as its branch.
+type snapshot struct {
+	base    int64
+	differs map[mxfed.StateKey]mxfed.EventID
 }
 
-// with is the state after an event, which sets an entry if it is state.
-func (s state) with(e *mxfed.Event) state {
-	key, ok := e.StateKey()
-	if !ok {
+// with is the state after an entry is set to id; empty: not set.
+func (s snapshot) with(k mxfed.StateKey, id mxfed.EventID) snapshot {
+	differs := make(map[mxfed.StateKey]mxfed.EventID, len(s.differs)+1)
+	maps.Copy(differs, s.differs)
+	differs[k] = id
+	return snapshot{s.base, differs}
+}
+
+func keyOf(e *mxfed.Event) mxfed.StateKey {
+	key, _ := e.StateKey()
+	return mxfed.StateKey{Type: e.Type(), Key: key}
+}
+
+// encoded is how differs is stored: a list of type, state key and event.
+func (s snapshot) encoded() string {
+	if len(s.differs) == 0 {
+		return ""
+	}
+	var entries [][3]string
+	for k, id := range s.differs {
+		entries = append(entries, [3]string{k.Type, k.Key, string(id)})
+	}
+	return string(asJSON(entries))
+}
+
+func (t *tx) decode(base int64, differs string) snapshot {
+	s := snapshot{base: base}
+	if differs == "" {
 		return s
 	}
-	changes := maps.Clone(s.changes)
-	if changes == nil {
-		changes = make(map[mxfed.StateKey]mxfed.EventID)
+	var entries [][3]string
+	if err := json.Unmarshal([]byte(differs), &entries); err != nil {
+		t.fail(err)
 	}
-	changes[mxfed.StateKey{Type: e.Type(), Key: key}] = e.ID()
-	return state{s.group, changes}
+	s.differs = make(map[mxfed.StateKey]mxfed.EventID, len(entries))
+	for _, e := range entries {
+		s.differs[mxfed.StateKey{Type: e[0], Key: e[1]}] = mxfed.EventID(e[2])
+	}
+	return s
 }
 
-// group is a row of state_groups.
-type group struct{ id, depth, skip int64 }
-
-// path lists the groups that make up a state, the first one to be asked first.
-func (t *tx) path(id int64) ([]group, error) {
-	paths, err := t.paths([]int64{id})
-	return paths[0], err
+// entryRow is a row of state.
+type entryRow struct {
+	Type     string
+	StateKey string `db:"state_key"`
+	Event    mxfed.EventID
+	Since    int64
+	Until    int64
 }
 
-// paths lists those of several states.
-func (t *tx) paths(of []int64) ([][]group, error) {
-	paths, place := make([][]group, len(of)), make(map[int64]int)
-	for i, id := range of {
-		place[id] = i
+func (r entryRow) key() mxfed.StateKey { return mxfed.StateKey{Type: r.Type, Key: r.StateKey} }
+
+// read looks keys up in states: the events by state and key, empty for what is not set.
+func (t *tx) read(r *room, keys []mxfed.StateKey, states ...snapshot) [][]mxfed.EventID {
+	said, index := make([][]mxfed.EventID, len(states)), make(map[mxfed.StateKey]int)
+	first, last := states[0].base, states[0].base
+	for i, s := range states {
+		said[i] = make([]mxfed.EventID, len(keys))
+		first, last = min(first, s.base), max(last, s.base)
 	}
-	for of := range slices.Chunk(of, batch) {
-		var args []any
-		err := t.each(func(scan func(...any) error) error {
-			var head int64
-			var g group
-			err := scan(&head, &g.id, &g.depth, &g.skip)
-			paths[place[head]] = append(paths[place[head]], g)
-			return err
-		}, `WITH RECURSIVE path (head, id, depth, skip) AS (
-			SELECT id, id, depth, skip FROM state_groups WHERE id IN (`+in(&args, of)+`)
-			UNION ALL SELECT p.head, g.id, g.depth, g.skip FROM path p JOIN state_groups g ON g.id = p.skip)
-			SELECT head, id, depth, skip FROM path ORDER BY depth DESC`, args...)
-		if err != nil {
-			return paths, err
+	for i, k := range keys {
+		index[k] = i
+	}
+	storable := slices.DeleteFunc(slices.Clone(keys), func(k mxfed.StateKey) bool { return strings.ContainsRune(k.Type+k.Key, 0) })
+	for keys := range slices.Chunk(storable, batch) {
+		args := []any{r.ID, last, first}
+		for _, k := range keys {
+			args = append(args, k.Type, k.Key)
 		}
-	}
-	return paths, nil
-}
-
-// newGroup makes an empty group.
-func (t *tx) newGroup(room mxfed.RoomID, depth, skip int64) (id int64, err error) {
-	_, err = t.row(`INSERT INTO state_groups (room, depth, skip) VALUES ($1, $2, $3) RETURNING id`, []any{room, depth, skip}, &id)
-	return id, err
-}
-
-// keep makes a group of a state, unless it is one already.
-func (t *tx) keep(room mxfed.RoomID, s state) (int64, error) {
-	if len(s.changes) == 0 && s.group != 0 {
-		return s.group, nil
-	}
-	path, err := t.path(s.group)
-	if err != nil {
-		return 0, err
-	}
-	var depth int64
-	if len(path) > 0 {
-		depth = path[0].depth + 1
-	}
-	bottom := slices.IndexFunc(path, func(g group) bool { return g.depth <= depth&(depth-1) })
-	if bottom < 0 {
-		bottom = len(path)
-	}
-	var skip int64
-	if bottom < len(path) {
-		skip = path[bottom].id
-	}
-	id, err := t.newGroup(room, depth, skip)
-	if err != nil {
-		return 0, err
-	}
-	for rows := range slices.Chunk(slices.Collect(maps.Keys(s.changes)), rowBatch) {
-		var args []any
-		var values [][]any
-		for _, k := range rows {
-			values = append(values, []any{id, k.Type, k.Key, s.changes[k]})
-		}
-		if err := t.exec(`INSERT INTO state_entries VALUES `+tuples(&args, values...), args...); err != nil {
-			return 0, err
-		}
-	}
-	for _, g := range path[:bottom] {
-		err := t.exec(`INSERT INTO state_entries SELECT CAST($1 AS BIGINT), type, state_key, event FROM state_entries WHERE state_group = $2
-			ON CONFLICT DO NOTHING`, id, g.id)
-		if err != nil {
-			return 0, err
-		}
-	}
-	return id, nil
-}
-
-// entries looks entries of a state up.
-func (t *tx) entries(s state, keys []mxfed.StateKey) (map[mxfed.StateKey]mxfed.EventID, error) {
-	path, err := t.path(s.group)
-	if err != nil {
-		return nil, err
-	}
-	found, err := t.lookUp(path, keys)
-	if err != nil {
-		return nil, err
-	}
-	for _, k := range keys {
-		if id, ok := s.changes[k]; ok {
-			found[k] = id
-		}
-	}
-	maps.DeleteFunc(found, func(_ mxfed.StateKey, id mxfed.EventID) bool { return id == "" })
-	return found, nil
-}
-
-// lookUp finds the first of a path's groups that has each key. Entries may be found to be unset.
-func (t *tx) lookUp(path []group, keys []mxfed.StateKey) (map[mxfed.StateKey]mxfed.EventID, error) {
-	found, err := t.lookUpAll([][]group{path}, keys)
-	return found[0], err
-}
-
-// lookUpAll is lookUp for several paths.
-func (t *tx) lookUpAll(paths [][]group, keys []mxfed.StateKey) ([]map[mxfed.StateKey]mxfed.EventID, error) {
-	said := make(map[int64]map[mxfed.StateKey]mxfed.EventID) // by group
-	for _, path := range paths {
-		for _, g := range path {
-			said[g.id] = nil
-		}
-	}
-	found := make([]map[mxfed.StateKey]mxfed.EventID, len(paths))
-	keys = slices.DeleteFunc(slices.Clone(keys), func(k mxfed.StateKey) bool { return strings.ContainsRune(k.Type+k.Key, 0) }) // see storable
-	for groups := range slices.Chunk(slices.Collect(maps.Keys(said)), batch) {
-		for keys := range slices.Chunk(keys, batch) {
-			var args []any
-			err := t.each(func(scan func(...any) error) error {
-				var k mxfed.StateKey
-				var id mxfed.EventID
-				var g int64
-				err := scan(&k.Type, &k.Key, &id, &g)
-				if said[g] == nil {
-					said[g] = make(map[mxfed.StateKey]mxfed.EventID)
+		rows := list[entryRow](t, `SELECT type, state_key, event, since, until FROM state WHERE room = ? AND since <= ? AND until > ?
+			AND (type, state_key) IN (VALUES (?, ?)`+strings.Repeat(", (?, ?)", len(keys)-1)+`)`, args...)
+		for _, row := range rows {
+			for i, s := range states {
+				if row.Since <= s.base && s.base < row.Until {
+					said[i][index[row.key()]] = row.Event
 				}
-				said[g][k] = id
-				return err
-			}, `SELECT type, state_key, event, state_group FROM state_entries WHERE state_group IN (`+in(&args, groups)+`)
-				AND (type, state_key) IN (VALUES `+tuples(&args, pairs(keys)...)+`)`, args...)
-			if err != nil {
-				return found, err
 			}
 		}
 	}
-	for i, path := range paths {
-		found[i] = make(map[mxfed.StateKey]mxfed.EventID)
-		for _, g := range slices.Backward(path) {
-			maps.Copy(found[i], said[g.id])
+	for i, s := range states {
+		for k, id := range s.differs {
+			if j, asked := index[k]; asked {
+				said[i][j] = id
+			}
 		}
 	}
-	return found, nil
+	return said
 }
 
-func pairs(keys []mxfed.StateKey) [][]any {
-	rows := make([][]any, len(keys))
-	for i, k := range keys {
-		rows[i] = []any{k.Type, k.Key}
-	}
-	return rows
+// stateEvents reads entries of a state.
+func (t *tx) stateEvents(r *room, s snapshot, keys ...mxfed.StateKey) []*mxfed.Event {
+	return t.events(slices.DeleteFunc(t.read(r, keys, s)[0], func(id mxfed.EventID) bool { return id == "" })...)
 }
 
-// entry is one entry of a state.
-type entry struct {
-	key   mxfed.StateKey
-	event mxfed.EventID
-	auth  []mxfed.EventID
-	json  string
-}
-
-// page reads entries of a group's state in the order of their keys, behind after, batch at most; none: that was all. Member
-// events can be left out.
-func (t *tx) page(group int64, after mxfed.StateKey, members bool) (page []entry, last mxfed.StateKey, more bool, err error) {
-	path, err := t.path(group)
-	if err != nil || len(path) == 0 {
-		return nil, after, false, err
-	}
-	args := []any{after.Type, after.Key}
-	var union []string
-	for _, g := range path {
-		args = append(args, g.id, g.depth)
-		union = append(union, fmt.Sprintf(`SELECT * FROM (SELECT type, state_key, event, CAST($%d AS BIGINT) AS depth FROM state_entries
-			WHERE state_group = $%d AND (type, state_key) > ($1, $2)%s ORDER BY type, state_key LIMIT %d) AS g%d`,
-			len(args), len(args)-1, map[bool]string{false: ` AND type <> 'm.room.member'`}[members], batch, g.id))
-	}
-	query := `SELECT s.type, s.state_key, s.event, COALESCE(e.auth, '[]'), COALESCE(e.json, '') FROM (` + strings.Join(union, ` UNION ALL `) +
-		fmt.Sprintf(` ORDER BY type, state_key, depth DESC LIMIT %d) AS s LEFT JOIN events e ON e.id = s.event ORDER BY s.type, s.state_key, s.depth DESC`, batch)
-	rows := 0
-	err = t.each(func(scan func(...any) error) error {
-		var e entry
-		var auth string
-		if err := scan(&e.key.Type, &e.key.Key, &e.event, &auth, &e.json); err != nil {
-			return err
-		}
-		rows++
-		if rows > 1 && e.key == last { // overridden
-			return nil
-		}
-		last = e.key
-		if e.event == "" {
-			return nil
-		}
-		err := json.Unmarshal([]byte(auth), &e.auth)
-		page = append(page, e)
-		return err
-	}, query, args...)
-	return page, last, rows == batch, err
+// current reads entries of a room's current state.
+func (t *tx) current(r *room, keys ...mxfed.StateKey) []*mxfed.Event {
+	return t.stateEvents(r, snapshot{base: r.Now}, keys...)
 }
 
 // stateAfter is the state after all of events, resolved; ok is false if that of one of them is not known.
-func (t *tx) stateAfter(r *room, events []mxfed.EventID) (s state, ok bool, err error) {
+func (t *tx) stateAfter(r *room, events []mxfed.EventID) (s snapshot, ok bool) {
 	events = slices.Compact(slices.Sorted(slices.Values(events)))
-	var heads []int64
+	if slices.Equal(t.ends(r), events) {
+		return snapshot{base: r.Now}, true
+	}
+	states := t.statesAfter(r, events)
+	if len(states) < len(events) || len(events) == 0 {
+		return snapshot{}, false
+	}
+	asked := fmt.Sprint(events)
+	if s, ok = t.resolved[asked]; !ok {
+		s = t.resolve(r, states)
+		if t.resolved == nil {
+			t.resolved = make(map[string]snapshot)
+		}
+		t.resolved[asked] = s
+	}
+	return s, true
+}
+
+// ends are the room's forward extremities, sorted.
+func (t *tx) ends(r *room) []mxfed.EventID {
+	return slices.Sorted(slices.Values(list[mxfed.EventID](t, `SELECT id FROM events WHERE room = ? AND latest = 1`, r.ID)))
+}
+
+// statesAfter are the states after events, as far as they have their place in the room.
+func (t *tx) statesAfter(r *room, events []mxfed.EventID) (states []snapshot) {
 	for events := range slices.Chunk(events, batch) {
-		args := []any{r.id}
-		found, err := list[int64](t, `SELECT state_after FROM events WHERE room = $1 AND state_after IS NOT NULL AND id IN (`+in(&args, events)+`)`, args...)
-		if err != nil || len(found) < len(events) {
-			return state{}, false, err
-		}
-		heads = append(heads, found...)
-	}
-	if len(heads) == 0 {
-		return state{}, false, nil
-	}
-	slices.Sort(heads)
-	s, err = t.resolve(r, slices.Compact(heads))
-	return s, err == nil, err
-}
-
-// fork is a set of states that differ. Only keys that some group names above their common ancestor can.
-type fork struct {
-	keys   []mxfed.StateKey
-	values [][]mxfed.EventID // what each state says about each key
-}
-
-// fork reads where states differ.
-func (t *tx) fork(heads []int64) (*fork, error) {
-	paths, err := t.paths(heads)
-	if err != nil {
-		return nil, err
-	}
-	count := make(map[int64]int)
-	for _, path := range paths {
-		for _, g := range path {
-			count[g.id]++
+		rows := list[struct {
+			Base    int64
+			Differs string
+		}](t, `SELECT base, differs FROM events WHERE room = ? AND position > 0 AND id IN (?)`, r.ID, events)
+		for _, row := range rows {
+			states = append(states, t.decode(row.Base, row.Differs))
 		}
 	}
-	var shared []group // the end that all paths have in common
-	if i := slices.IndexFunc(paths[0], func(g group) bool { return count[g.id] == len(heads) }); i >= 0 {
-		shared = paths[0][i:]
-	}
-	for _, g := range shared {
-		delete(count, g.id)
-	}
-	f := &fork{}
-	own, err := t.ownEntries(f, slices.Collect(maps.Keys(count)))
-	if err != nil {
-		return nil, err
-	}
-	base, err := t.lookUp(shared, f.keys)
-	if err != nil {
-		return nil, err
-	}
-	common := make([]mxfed.EventID, len(f.keys))
-	for i, k := range f.keys {
-		common[i] = base[k]
-	}
-	for _, path := range paths {
-		values := slices.Clone(common)
-		for _, g := range slices.Backward(path) {
-			for _, e := range own[g.id] {
-				values[e.key] = e.event
-			}
-		}
-		f.values = append(f.values, values)
-	}
-	return f, nil
-}
-
-// ownEntry is an entry by the index of its key.
-type ownEntry struct {
-	key   int
-	event mxfed.EventID
-}
-
-// ownEntries reads what groups say themselves, and lists the keys.
-func (t *tx) ownEntries(f *fork, groups []int64) (map[int64][]ownEntry, error) {
-	own, index := make(map[int64][]ownEntry), make(map[mxfed.StateKey]int)
-	for groups := range slices.Chunk(groups, batch) {
-		var args []any
-		err := t.each(func(scan func(...any) error) error {
-			var g int64
-			var k mxfed.StateKey
-			var id mxfed.EventID
-			if err := scan(&g, &k.Type, &k.Key, &id); err != nil {
-				return err
-			}
-			if _, known := index[k]; !known {
-				index[k] = len(f.keys)
-				f.keys = append(f.keys, k)
-			}
-			own[g] = append(own[g], ownEntry{index[k], id})
-			return nil
-		}, `SELECT state_group, type, state_key, event FROM state_entries WHERE state_group IN (`+in(&args, groups)+`)`, args...)
-		if err != nil {
-			return nil, err
-		}
-	}
-	return own, nil
-}
-
-// conflicts are the keys, by index, about which the first n states do not agree.
-func (f *fork) conflicts(n int) (keys []int) {
-	for k := range f.keys {
-		if slices.ContainsFunc(f.values[:n], func(state []mxfed.EventID) bool { return state[k] != f.values[0][k] }) {
-			keys = append(keys, k)
-		}
-	}
-	return keys
-}
-
-func compareKeys(a, b mxfed.StateKey) int {
-	return cmp.Or(cmp.Compare(a.Type, b.Type), cmp.Compare(a.Key, b.Key))
+	return states
 }
 
 // resolve makes one state of several, by the algorithm of the room version.
 // https://spec.matrix.org/v1.19/server-server-api/#room-state-resolution
-func (t *tx) resolve(r *room, heads []int64) (state, error) {
-	if len(heads) == 1 {
-		return state{group: heads[0]}, nil
+func (t *tx) resolve(r *room, states []snapshot) snapshot {
+	if len(states) == 1 {
+		return states[0]
 	}
-	asked := fmt.Sprint(heads)
-	if known, ok := t.resolved[asked]; ok {
-		return known, nil
-	}
-	n, all := len(heads), slices.Clone(heads)
-	if r.state != 0 && !slices.Contains(heads, r.state) { // the outcome will hardly differ from it
-		all = append(all, r.state)
-	}
-	f, err := t.fork(all)
-	if err != nil {
-		return state{}, err
-	}
-	conflicts := f.conflicts(n)
-	if len(conflicts) == 0 {
-		return state{group: heads[0]}, nil
-	}
-	outcome, err := t.settle(r.version, f, n, heads[0], conflicts)
-	if err != nil {
-		return state{}, fmt.Errorf("resolve state of %s: %w", r.id, err)
-	}
-	best := state{}
-	for i, head := range all { // of what can be built on, the one with the fewest changes
-		changes := make(map[mxfed.StateKey]mxfed.EventID)
-		for k, key := range f.keys {
-			if f.values[i][k] != outcome[k] {
-				changes[key] = outcome[k]
-			}
-		}
-		if i == 0 || len(changes) < len(best.changes) {
-			best = state{head, changes}
+	keys := t.changeable(r, states)
+	n, then, now := len(states), snapshot{base: states[0].base}, snapshot{base: r.Now}
+	said := t.read(r, keys, append(slices.Clone(states), then, now)...)
+	var disputed []int // keys, by index, about which the states do not agree
+	for k := range keys {
+		if slices.ContainsFunc(said[1:n], func(state []mxfed.EventID) bool { return state[k] != said[0][k] }) {
+			disputed = append(disputed, k)
 		}
 	}
-	if t.resolved == nil {
-		t.resolved = make(map[string]state)
+	if len(disputed) == 0 {
+		return states[0]
 	}
-	t.resolved[asked] = best
-	return best, nil
+	outcome := t.settle(r, states[0], keys, said[:n], disputed)
+	then.differs, now.differs = differences(keys, said[n], outcome), differences(keys, said[n+1], outcome)
+	if len(then.differs) < len(now.differs) {
+		return then
+	}
+	return now
 }
 
-// settle resolves conflicts between the first n states and returns what to say about each of f.keys.
-func (t *tx) settle(version mxfed.RoomVersion, f *fork, n int, any int64, conflicts []int) ([]mxfed.EventID, error) {
-	d, err := t.dispute(version, f, n, any, conflicts)
-	if err != nil {
-		return nil, err
+// changeable names the entries that may be different in states, and now.
+func (t *tx) changeable(r *room, states []snapshot) []mxfed.StateKey {
+	first := r.Now
+	keys := make(map[mxfed.StateKey]bool)
+	for _, s := range states {
+		first = min(first, s.base)
+		for k := range s.differs {
+			keys[k] = true
+		}
 	}
-	settled, err := t.settleDispute(version, d)
-	if err != nil {
-		return nil, err
+	for _, row := range list[entryRow](t, `SELECT type, state_key FROM state WHERE room = ? AND since > ?
+		UNION SELECT type, state_key FROM state WHERE room = ? AND until > ? AND until < ?`, r.ID, first, r.ID, first, int64(forever)) {
+		keys[row.key()] = true
 	}
-	outcome := slices.Clone(f.values[0])
-	for _, k := range conflicts {
-		outcome[k] = settled[f.keys[k]].ID()
-	}
-	return outcome, nil
+	return slices.Collect(maps.Keys(keys))
 }
 
-// dispute is what states do not agree about, each a list of events with "" for what it does not set; of what they agree
-// about, those events that decide about these; and all that authorises any of them.
-type dispute struct {
-	states [][]mxfed.EventID
-	agreed []*mxfed.Event
-	chain  map[mxfed.EventID]*mxfed.Event
+// differences is what has to be changed in a state to make it another one.
+func differences(keys []mxfed.StateKey, from, to []mxfed.EventID) map[mxfed.StateKey]mxfed.EventID {
+	changes := make(map[mxfed.StateKey]mxfed.EventID)
+	for i, k := range keys {
+		if from[i] != to[i] {
+			changes[k] = to[i]
+		}
+	}
+	return changes
 }
 
-// dispute reads it. any is one of the states.
-func (t *tx) dispute(version mxfed.RoomVersion, f *fork, n int, any int64, conflicts []int) (*dispute, error) {
-	d := &dispute{states: make([][]mxfed.EventID, n)}
-	disputed := make(map[mxfed.StateKey]bool)
-	named := make(map[mxfed.EventID]bool)
-	for _, k := range conflicts {
-		disputed[f.keys[k]] = true
-		for i := range n {
-			named[f.values[i][k]] = true
-			d.states[i] = append(d.states[i], f.values[i][k])
+// settle resolves what states do not agree about, and returns what to say about each of keys.
+func (t *tx) settle(r *room, first snapshot, keys []mxfed.StateKey, said [][]mxfed.EventID, disputed []int) []mxfed.EventID {
+	states, named := make([][]mxfed.EventID, len(said)), make(map[mxfed.EventID]bool)
+	known := make(map[mxfed.StateKey]bool)
+	for _, k := range disputed {
+		known[keys[k]] = true
+		for i := range said {
+			states[i] = append(states[i], said[i][k])
+			named[said[i][k]] = true
 		}
 	}
 	delete(named, "")
-	var err error
-	if d.chain, err = t.withAuthChain(version, slices.Collect(maps.Keys(named)), nil); err != nil {
-		return nil, err
+	all := &resolution{version: r.Version, chain: make(map[mxfed.EventID]*mxfed.Event), rejected: make(idSet)}
+	t.addAuthChain(all, slices.Collect(maps.Keys(named)))
+	undisputed := make(map[mxfed.StateKey]bool) // of what decides about these events
+	for _, e := range all.chain {
+		for _, k := range e.Query().State {
+			undisputed[k] = true
+		}
 	}
-	entries, err := t.entries(state{group: any}, slices.DeleteFunc(deciding(d.chain), func(k mxfed.StateKey) bool { return disputed[k] }))
+	maps.DeleteFunc(undisputed, func(k mxfed.StateKey, _ bool) bool { return known[k] })
+	agreed := t.stateEvents(r, first, slices.Collect(maps.Keys(undisputed))...)
+	names := make([]mxfed.EventID, len(agreed))
+	for i, e := range agreed {
+		names[i] = e.ID()
+	}
+	t.addAuthChain(all, names)
+	settled, err := all.run(agreed, states)
 	if err != nil {
-		return nil, err
+		t.fail(fmt.Errorf("resolve state of %s: %w", r.ID, err))
 	}
-	if d.chain, err = t.withAuthChain(version, slices.Collect(maps.Values(entries)), d.chain); err != nil {
-		return nil, err
+	outcome := slices.Clone(said[0])
+	for _, k := range disputed {
+		outcome[k] = settled[keys[k]].ID()
 	}
-	for _, id := range entries {
-		if e := d.chain[id]; e != nil {
-			d.agreed = append(d.agreed, e)
-		}
-	}
-	return d, nil
+	return outcome
 }
 
-// settleDispute runs the algorithm of the room version.
-func (t *tx) settleDispute(version mxfed.RoomVersion, d *dispute) (map[mxfed.StateKey]*mxfed.Event, error) {
-	if version == "1" {
-		return d.settleElsewhere(version)
-	}
-	rejected := make(map[mxfed.EventID]bool)
-	for names := range slices.Chunk(slices.Collect(maps.Keys(d.chain)), batch) {
-		var args []any
-		found, err := list[mxfed.EventID](t, fmt.Sprintf(`SELECT id FROM events WHERE status = %d AND id IN (`, statusRejected)+in(&args, names)+`)`, args...)
-		if err != nil {
-			return nil, err
-		}
-		for _, id := range found {
-			rejected[id] = true
+// addAuthChain reads events and all that authorises them.
+func (t *tx) addAuthChain(of *resolution, names []mxfed.EventID) {
+	for names := range slices.Chunk(names, batch) {
+		for _, e := range t.stored(`e.id IN (WITH RECURSIVE chain (id) AS (SELECT id FROM events WHERE id IN (?)
+			UNION SELECT a.value FROM chain c JOIN events e ON e.id = c.id CROSS JOIN `+t.db.authOf()+`) SELECT id FROM chain)`, names) {
+			of.chain[e.ID()] = e.Event
+			of.rejected[e.ID()] = e.status == statusRejected
 		}
 	}
-	create := slices.IndexFunc(d.agreed, func(e *mxfed.Event) bool { return keyOf(e) == mxfed.StateKey{Type: "m.room.create"} })
-	if create < 0 {
-		return nil, errors.New("the states do not agree about the create event")
-	}
-	r := &resolution{version: version, chain: d.chain, rejected: rejected, create: d.agreed[create]}
-	return r.run(d.agreed, d.states), nil
 }
 
-// settleElsewhere has gomatrixserverlib run it.
-func (d *dispute) settleElsewhere(version mxfed.RoomVersion) (outcome map[mxfed.StateKey]*mxfed.Event, err error) {
-	defer func() {
-		if p := recover(); p != nil { // what other servers have sent must not end this one
-			err = fmt.Errorf("state resolution: %v", p)
-		}
-	}()
-	sets := make([][]*mxfed.Event, len(d.states))
-	for i, state := range d.states {
-		sets[i] = slices.Clone(d.agreed)
-		for _, id := range state {
-			if e := d.chain[id]; e != nil {
-				sets[i] = append(sets[i], e)
-			}
-		}
+// authOf is the table a (value) of an event's auth events, which is what the databases name differently.
+func (db *database) authOf() string {
+	if db.postgres() {
+		return `json_array_elements_text(e.auth::json) AS a (value)`
 	}
-	events, err := gmslbridge.ResolveState(version, sets, slices.Collect(maps.Values(d.chain)), nil)
-	outcome = make(map[mxfed.StateKey]*mxfed.Event)
-	for _, e := range events {
-		outcome[keyOf(e)] = e
-	}
-	return outcome, err
-}
-
-// withAuthChain reads events and all that authorises them, beyond what chain has already.
-func (t *tx) withAuthChain(version mxfed.RoomVersion, names []mxfed.EventID, chain map[mxfed.EventID]*mxfed.Event) (map[mxfed.EventID]*mxfed.Event, error) {
-	if chain == nil {
-		chain = make(map[mxfed.EventID]*mxfed.Event)
-	}
-	names = slices.DeleteFunc(names, func(id mxfed.EventID) bool { return chain[id] != nil })
-	for len(names) > 0 {
-		events, err := t.events(version, names...)
-		if err != nil {
-			return nil, err
-		}
-		next := make(map[mxfed.EventID]bool)
-		for _, e := range events {
-			chain[e.ID()] = e
-		}
-		for _, e := range events {
-			for _, id := range e.Auth() {
-				if chain[id] == nil {
-					next[id] = true
-				}
-			}
-		}
-		names = slices.Collect(maps.Keys(next))
-	}
-	return chain, nil
-}
-
-// deciding names the entries that decide about events.
-// https://spec.matrix.org/v1.19/server-server-api/#auth-events-selection
-func deciding(events map[mxfed.EventID]*mxfed.Event) []mxfed.StateKey {
-	keys := map[mxfed.StateKey]bool{{Type: "m.room.create"}: true, {Type: "m.room.power_levels"}: true, {Type: "m.room.join_rules"}: true}
-	for _, e := range events {
-		keys[mxfed.StateKey{Type: "m.room.member", Key: string(e.Sender())}] = true
-		if e.Type() != "m.room.member" {
-			continue
-		}
-		user, _ := e.StateKey()
-		keys[mxfed.StateKey{Type: "m.room.member", Key: user}] = true
-		var content struct {
-			Authoriser string `json:"join_authorised_via_users_server"`
-			ThirdParty struct {
-				Signed struct{ Token string }
-			} `json:"third_party_invite"`
-		}
-		if json.Unmarshal(e.Content(), &content) != nil { // other servers write what they like
-			continue
-		}
-		keys[mxfed.StateKey{Type: "m.room.member", Key: content.Authoriser}] = true
-		keys[mxfed.StateKey{Type: "m.room.third_party_invite", Key: content.ThirdParty.Signed.Token}] = true
-	}
-	return slices.SortedFunc(maps.Keys(keys), compareKeys)
+	return `json_each(e.auth) AS a`
 }

@@ -1,60 +1,49 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
-	"slices"
+	"net/http"
 	"strconv"
 	"time"
 
 	"example.org/mxfed"
 )
 
-// This file is how clients learn what is new. https://spec.matrix.org/v1.19/client-server-api/#syncing
+// This file is how clients learn what is new, and events in the form that they get.
+// https://spec.matrix.org/v1.19/client-server-api/#syncing
 
 const (
 	maxWait       = 2 * time.Minute // of a sync for something to happen
 	timelineLimit = 20              // events of a room, unless a filter says otherwise
+	maxTimeline   = 1000
 )
 
 // syncQuery is what a client wants to know.
 type syncQuery struct {
 	session
-	initial bool  // there was no sync before
-	since   int64 // all up to here the client has
-	full    bool  // it wants the whole state none the less
-	leave   bool  // and in an initial sync the rooms that the user has left
-	limit   int   // of timelines
+	since int64 // all up to this position the client has; 0: nothing yet
+	leave bool  // if it has nothing yet, it wants the rooms too that the user has left
+	limit int   // of timelines
 }
 
-// syncAnswer is what is new since then.
+// syncAnswer is what is new since then: Next is the position up to which it tells everything. Rooms are by the user's
+// membership.
 type syncAnswer struct {
-	Next  string    `json:"next_batch"`
-	Rooms syncRooms `json:"rooms"`
+	Next  string                          `json:"next_batch"`
+	Rooms map[string]map[mxfed.RoomID]any `json:"rooms"`
 }
 
-type syncRooms struct {
-	Join   map[mxfed.RoomID]*syncRoom `json:"join,omitempty"`
-	Invite map[mxfed.RoomID]any       `json:"invite,omitempty"`
-	Knock  map[mxfed.RoomID]any       `json:"knock,omitempty"`
-	Leave  map[mxfed.RoomID]*syncRoom `json:"leave,omitempty"`
-}
-
-func (r *syncRooms) empty() bool { return len(r.Join)+len(r.Invite)+len(r.Knock)+len(r.Leave) == 0 }
-
+// syncRoom is what is new in a room that the user is in, or was in.
 type syncRoom struct {
-	State    syncEvents   `json:"state"`
-	Timeline syncTimeline `json:"timeline"`
-}
-
-type syncEvents struct {
-	Events []*clientEvent `json:"events"`
-}
-
-type syncTimeline struct {
-	Events  []*clientEvent `json:"events"`
-	Limited bool           `json:"limited"`
-	Prev    string         `json:"prev_batch,omitempty"`
+	State struct {
+		Events []*clientEvent `json:"events"`
+	} `json:"state"`
+	Timeline struct {
+		Events  []*clientEvent `json:"events"`
+		Limited bool           `json:"limited"`
+	} `json:"timeline"`
 }
 
 // sync answers as soon as there is something new, or with nothing when time is up.
@@ -69,7 +58,7 @@ func (c *clientAPI) sync(q *request) (any, error) {
 	defer context.AfterFunc(c.stopping, cancel)()
 	for {
 		now, answer, err := c.news(q.Context(), ask)
-		if err != nil || !answer.Rooms.empty() || ask.initial || ask.full || ctx.Err() != nil {
+		if err != nil || len(answer.Rooms) > 0 || ask.since == 0 || ctx.Err() != nil {
 			return answer, err
 		}
 		if err := c.changed(ctx, now); err != nil {
@@ -78,151 +67,183 @@ func (c *clientAPI) sync(q *request) (any, error) {
 	}
 }
 
-func newSyncQuery(q *request) (ask *syncQuery, err error) {
-	query := q.URL.Query()
-	ask = &syncQuery{session: q.session, initial: true, full: query.Get("full_state") == "true", limit: timelineLimit}
-	if token := query.Get("since"); token != "" {
-		ask.initial = false
-		if ask.since, err = parsePosition(token); err != nil {
-			return nil, err
-		}
-	}
+func newSyncQuery(q *request) (*syncQuery, error) {
 	var filter struct {
 		Room struct {
 			Leave    bool `json:"include_leave"`
-			Timeline struct {
-				Limit int `json:"limit"`
-			} `json:"timeline"`
-		} `json:"room"`
-	}
-	if text := query.Get("filter"); text != "" {
-		if err := json.Unmarshal([]byte(text), &filter); err != nil {
-			return nil, &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "the filter is no JSON object"}
+			Timeline struct{ Limit int }
 		}
 	}
-	ask.leave, ask.limit = filter.Room.Leave, limitOf(strconv.Itoa(filter.Room.Timeline.Limit), timelineLimit)
-	return ask, nil
+	filter.Room.Timeline.Limit = timelineLimit
+	query := q.URL.Query()
+	since, err := strconv.ParseUint(cmp.Or(query.Get("since"), "0"), 10, 63)
+	if err == nil {
+		err = json.Unmarshal([]byte(cmp.Or(query.Get("filter"), "{}")), &filter)
+	}
+	if err != nil {
+		return nil, refusal(http.StatusBadRequest, mxfed.ErrInvalidParam, "since is no token from here, or filter no JSON object")
+	}
+	return &syncQuery{q.session, int64(since), filter.Room.Leave, min(max(filter.Room.Timeline.Limit, 1), maxTimeline)}, nil
 }
 
 // news collects what is new, up to one position in all rooms.
 func (c *clientAPI) news(ctx context.Context, ask *syncQuery) (now int64, answer *syncAnswer, err error) {
 	now, all, err := c.snapshot(ctx, ask.User)
-	if err != nil {
-		return 0, nil, err
-	}
-	answer = &syncAnswer{Next: formatPosition(now), Rooms: syncRooms{Join: make(map[mxfed.RoomID]*syncRoom),
-		Invite: make(map[mxfed.RoomID]any), Knock: make(map[mxfed.RoomID]any), Leave: make(map[mxfed.RoomID]*syncRoom)}}
+	answer = &syncAnswer{Next: strconv.FormatInt(now, 10), Rooms: make(map[string]map[mxfed.RoomID]any)}
 	for _, m := range all {
-		changed := ask.initial || m.Position > ask.since
-		var room *syncRoom
+		section, room := m.Membership, (*syncRoom)(nil)
+		changed := m.Position > ask.since
 		switch {
-		case m.Membership == "join":
-			if room, err = c.joined(ctx, ask, m, now); room != nil {
-				answer.Rooms.Join[m.Room] = room
+		case section == "join":
+			room, err = c.room(ctx, ask, m, now)
+		case section == "invite" || section == "knock":
+			if changed {
+				answer.add(section, m.Room, map[string]any{section + "_state": map[string]any{"events": m.Shown}})
 			}
-		case m.Membership == "invite" && changed:
-			answer.Rooms.Invite[m.Room] = map[string]any{"invite_state": map[string]any{"events": m.Shown}}
-		case m.Membership == "knock" && changed:
-			answer.Rooms.Knock[m.Room] = map[string]any{"knock_state": map[string]any{"events": m.Shown}}
-		case changed && !m.Forgotten && (!ask.initial || ask.leave):
+		case changed && (ask.since > 0 || ask.leave):
+			section = "leave"
 			room, err = c.left(ctx, ask, m)
-			answer.Rooms.Leave[m.Room] = room
 		}
 		if err != nil {
 			return 0, nil, err
 		}
+		if room != nil {
+			answer.add(section, m.Room, room)
+		}
 	}
-	return now, answer, nil
+	return now, answer, err
 }
 
-// snapshot reads a user's memberships, and the position as of which they are all there is to know. A membership that changes
-// between the two reads is read again.
+func (a *syncAnswer) add(section string, id mxfed.RoomID, room any) {
+	if a.Rooms[section] == nil {
+		a.Rooms[section] = make(map[mxfed.RoomID]any)
+	}
+	a.Rooms[section][id] = room
+}
+
+// snapshot reads a user's memberships, and the position as of which they are all there is to know.
 func (c *clientAPI) snapshot(ctx context.Context, user mxfed.UserID) (now int64, all []*membership, err error) {
-	for {
-		if now, err = c.position(ctx); err == nil {
-			all, err = c.memberships(ctx, user, 0)
-		}
-		if err != nil || !slices.ContainsFunc(all, func(m *membership) bool { return m.Position > now }) {
-			return now, all, err
-		}
-	}
+	err = c.db.view(ctx, func(t *tx) error {
+		now, all = t.position(), t.memberships(user)
+		return nil
+	})
+	return now, all, err
 }
 
-// joined is what is new in a room that the user is in, nil for nothing.
-func (c *clientAPI) joined(ctx context.Context, ask *syncQuery, m *membership, now int64) (*syncRoom, error) {
-	if ask.initial || m.Joined > ask.since {
-		return c.fromStart(ctx, ask, m, now)
+// left is what is new in a room that the user has left: all up to the leave. Who was not in it before that, but invited or
+// banned, sees nothing but the member event; which is not known if no other server could be told.
+func (c *clientAPI) left(ctx context.Context, ask *syncQuery, m *membership) (*syncRoom, error) {
+	if m.Left == m.Position {
+		if room, err := c.room(ctx, ask, m, m.Position); room != nil || err != nil {
+			return room, err
+		}
 	}
-	room, err := c.between(ctx, ask, m.Room, ask.since, now)
-	if err != nil || len(room.Timeline.Events) == 0 && !ask.full {
+	if m.Event == nil {
+		return newSyncRoom(ask, nil, nil), nil
+	}
+	return newSyncRoom(ask, nil, []*roomEvent{{Event: m.Event}}), nil
+}
+
+func newSyncRoom(ask *syncQuery, state, timeline []*roomEvent) *syncRoom {
+	room := &syncRoom{}
+	room.State.Events, room.Timeline.Events = ask.format("", state), ask.format("", timeline)
+	return room
+}
+
+// room shows the events of a room up to a position, and of its state what the client cannot know by them; nil if there is
+// nothing new.
+func (c *clientAPI) room(ctx context.Context, ask *syncQuery, m *membership, upTo int64) (*syncRoom, error) {
+	after, known, unknown := ask.since, ask.since, false
+	if m.Completed > ask.since { // of the state that this server was told, members were missing
+		known, unknown = m.Entered-1, true
+	}
+	if m.Joined > ask.since { // the client has nothing of this stay
+		floor, err := c.floor(ctx, ask.User, m)
+		if err != nil {
+			return nil, err
+		}
+		after, known, unknown = floor, 0, true
+	}
+	events, more, err := c.timeline(ctx, m.Room, after, upTo, ask.limit)
+	if err != nil || len(events) == 0 && !unknown {
 		return nil, err
 	}
+	if len(events) > 0 {
+		upTo = events[0].Position - 1
+	}
+	var state []*roomEvent
+	if more || unknown {
+		if state, err = c.stateAt(ctx, m.Room, known, upTo); err != nil {
+			return nil, err
+		}
+	}
+	room := newSyncRoom(ask, state, events)
+	room.Timeline.Limited = more || m.Entered > ask.since // what was before this server came it does not know
 	return room, nil
 }
 
-// left is what is new in a room that the user has left, up to the leave. Who was not in it before that sees nothing but the
-// member event.
-func (c *clientAPI) left(ctx context.Context, ask *syncQuery, m *membership) (*syncRoom, error) {
-	last, _, err := c.timeline(ctx, m.Room, m.Position-1, m.Position, 1)
-	if err != nil {
-		return nil, err
-	}
-	if len(last) == 1 && last[0].Replaced.Membership() == "join" {
-		if ask.initial || m.Joined > ask.since {
-			return c.fromStart(ctx, ask, m, m.Position)
-		}
-		return c.between(ctx, ask, m.Room, ask.since, m.Position)
-	}
-	if len(last) == 0 && m.Event != nil { // this server is not in the room
-		last = []*roomEvent{{Event: m.Event, Position: m.Position}}
-	}
-	return &syncRoom{State: syncEvents{ask.formatAll(nil, true)}, Timeline: syncTimeline{Events: ask.formatAll(last, true)}}, nil
-}
-
-// fromStart shows a room to somebody who has not seen it before: its last events, and the state before them.
-func (c *clientAPI) fromStart(ctx context.Context, ask *syncQuery, m *membership, upTo int64) (*syncRoom, error) {
-	floor, err := c.floor(ctx, ask.User, m)
-	if err != nil {
-		return nil, err
-	}
-	all := *ask
-	all.full = true
-	return c.between(ctx, &all, m.Room, floor, upTo)
-}
-
-// floor is the position up to which the history of a room is hidden from a user. The setting of now counts for all that was
-// before the user joined. https://spec.matrix.org/v1.19/client-server-api/#room-history-visibility
+// floor is the position up to which a user who has joined does not see a room. This server has nothing of the time when it
+// was not there; and the room may hide its history from those who were not, as the setting of now has it.
+// https://spec.matrix.org/v1.19/client-server-api/#room-history-visibility
 func (c *clientAPI) floor(ctx context.Context, user mxfed.UserID, m *membership) (int64, error) {
 	found, err := c.roomState(ctx, user, m.Room, mxfed.StateKey{Type: "m.room.history_visibility"})
-	if err != nil || len(found) == 0 {
+	if err != nil {
 		return 0, err
 	}
 	var content struct {
 		Visibility string `json:"history_visibility"`
 	}
-	if json.Unmarshal(found[0].Content(), &content) == nil && (content.Visibility == "invited" || content.Visibility == "joined") {
+	if len(found) > 0 && json.Unmarshal(found[0].Content(), &content) == nil && (content.Visibility == "invited" || content.Visibility == "joined") {
 		return m.Joined - 1, nil
 	}
-	return 0, nil
+	return min(m.Entered, m.Joined) - 1, nil
 }
 
-// between shows the events of a room between two positions, and of its state what the client cannot know by them.
-func (c *clientAPI) between(ctx context.Context, ask *syncQuery, id mxfed.RoomID, after, upTo int64) (*syncRoom, error) {
-	events, limited, err := c.timeline(ctx, id, after, upTo, ask.limit)
-	if err != nil {
-		return nil, err
+// clientEvent is an event without what only servers need.
+// https://spec.matrix.org/v1.19/client-server-api/#room-event-format
+type clientEvent struct {
+	Type     string          `json:"type"`
+	StateKey *string         `json:"state_key,omitempty"`
+	Content  json.RawMessage `json:"content"`
+	Sender   mxfed.UserID    `json:"sender"`
+	ID       mxfed.EventID   `json:"event_id"`
+	Room     mxfed.RoomID    `json:"room_id,omitempty"`
+	Unsigned unsigned        `json:"unsigned"`
+	eventRest
+}
+
+// eventRest is what the library does not read: what another server filled with something else is not shown.
+type eventRest struct {
+	Time    int64         `json:"origin_server_ts"`
+	Redacts mxfed.EventID `json:"redacts,omitempty"`
+}
+
+// unsigned is what this server says about an event.
+type unsigned struct {
+	Age         int64           `json:"age"` // milliseconds
+	PrevContent json.RawMessage `json:"prev_content,omitempty"`
+	PrevSender  mxfed.UserID    `json:"prev_sender,omitempty"`
+	Txn         string          `json:"transaction_id,omitempty"`
+}
+
+// format shows events to a session; in a sync the room is clear and left out. A transaction ID is shown to the device that
+// made it up. It never returns nil, which clients would see as null.
+func (in session) format(room mxfed.RoomID, events []*roomEvent) []*clientEvent {
+	all := make([]*clientEvent, len(events))
+	for i, e := range events {
+		shown := &clientEvent{Type: e.Type(), Content: e.Content(), Sender: e.Sender(), ID: e.ID(), Room: room}
+		if key, ok := e.StateKey(); ok {
+			shown.StateKey = &key
+		}
+		_ = json.Unmarshal(e.JSON(), &shown.eventRest)
+		shown.Unsigned.Age = time.Now().UnixMilli() - shown.Time
+		if e.Replaced != nil {
+			shown.Unsigned.PrevContent, shown.Unsigned.PrevSender = e.Replaced.Content(), e.Replaced.Sender()
+		}
+		if e.Sender() == in.User && e.Device == in.Device {
+			shown.Unsigned.Txn = e.Txn
+		}
+		all[i] = shown
 	}
-	before := upTo
-	if len(events) > 0 {
-		before = events[0].Position - 1
-	}
-	room := &syncRoom{Timeline: syncTimeline{Events: ask.formatAll(events, true), Limited: limited, Prev: formatPosition(before)}}
-	var state []*roomEvent
-	if ask.full {
-		state, err = c.stateAt(ctx, id, 0, before)
-	} else if limited {
-		state, err = c.stateAt(ctx, id, after, before)
-	}
-	room.State.Events = ask.formatAll(state, true)
-	return room, err
+	return all
 }

@@ -7,11 +7,11 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
 	"os"
 	"slices"
 	"strings"
@@ -68,7 +68,7 @@ func issuedTLS(name mxfed.ServerName, certFile, keyFile string) (*tls.Config, er
 		KeyUsage:    x509.KeyUsageDigitalSignature,
 		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
 	}
-	if host := hostOf(name); net.ParseIP(host) != nil {
+	if host := hostOf(string(name)); net.ParseIP(host) != nil {
 		template.IPAddresses = []net.IP{net.ParseIP(host)}
 	} else {
 		template.DNSNames = []string{host}
@@ -82,66 +82,49 @@ func issuedTLS(name mxfed.ServerName, certFile, keyFile string) (*tls.Config, er
 }
 
 // hostOf is a server name without its port, and an IPv6 address without brackets: what a certificate is for.
-func hostOf(name mxfed.ServerName) string {
-	host, _, err := net.SplitHostPort(string(name))
-	if err != nil { // no port
-		host, _, _ = net.SplitHostPort(string(name) + ":")
-	}
-	return host
-}
+func hostOf(name string) string { return (&url.URL{Host: name}).Hostname() }
 
 // newACME gets certificates from an ACME authority, whose terms are accepted, and renews them in time. With a shared cache
 // any replica can answer a challenge that another one has asked for.
-func newACME(name mxfed.ServerName, directory string, roots *x509.CertPool, cache autocert.Cache) (*autocert.Manager, error) {
-	host := hostOf(name)
-	if net.ParseIP(host) != nil {
-		return nil, errors.New("ACME gives certificates to host names only")
-	}
+func newACME(name mxfed.ServerName, directory string, roots *x509.CertPool, cache autocert.Cache) *autocert.Manager {
+	host := hostOf(string(name))
 	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}}}
 	return &autocert.Manager{
 		Prompt: autocert.AcceptTOS,
 		HostPolicy: func(_ context.Context, asked string) error { // a Host header may have a port
-			if !strings.EqualFold(hostOf(mxfed.ServerName(asked)), host) {
+			if !strings.EqualFold(hostOf(asked), host) {
 				return fmt.Errorf("%q is not this server", asked)
 			}
 			return nil
 		},
 		Cache:  cache,
 		Client: &acme.Client{DirectoryURL: directory, HTTPClient: client},
-	}, nil
+	}
 }
 
-// certificates keeps what ACME needs to remember where all replicas find it.
-func (s *server) certificates() autocert.Cache { return certificates{s.db} }
-
+// certificates implements autocert.Cache where all replicas find it, among settings.
 type certificates struct{ db *database }
 
-const acmePrefix = "acme " // of names in settings
+const acmePrefix = "acme " // of their names
 
 // Get implements autocert.Cache.
 func (c certificates) Get(ctx context.Context, name string) (data []byte, err error) {
 	err = c.db.view(ctx, func(t *tx) error {
-		var text string
-		found, err := t.row(`SELECT value FROM settings WHERE name = $1`, []any{acmePrefix + name}, &text)
-		if err == nil && !found {
+		text, found := one[string](t, `SELECT value FROM settings WHERE name = ?`, acmePrefix+name)
+		if data = []byte(text); !found {
 			return autocert.ErrCacheMiss
 		}
-		data = []byte(text)
-		return err
+		return nil
 	})
 	return data, err
 }
 
 // Put implements autocert.Cache. What is put are PEM files and tokens: text.
 func (c certificates) Put(ctx context.Context, name string, data []byte) error {
-	return c.db.update(ctx, "", func(t *tx) error {
-		return t.exec(`INSERT INTO settings VALUES ($1, $2) ON CONFLICT (name) DO UPDATE SET value = excluded.value`, acmePrefix+name, string(data))
-	})
+	return c.db.exec(ctx, `INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value`, acmePrefix+name, string(data))
 }
 
 // Delete implements autocert.Cache.
 func (c certificates) Delete(ctx context.Context, name string) error {
-	return c.db.update(ctx, "", func(t *tx) error {
-		return t.exec(`DELETE FROM settings WHERE name = $1`, acmePrefix+name)
-	})
+	return c.db.exec(ctx, `DELETE FROM settings WHERE name = ?`, acmePrefix+name)
 }

@@ -81,9 +81,9 @@ func (w *world) startStoppable(name mxfed.ServerName) (s *server, stop func()) {
 // user registers a user.
 func (w *world) user(s *server, localpart string) mxfed.UserID {
 	w.Helper()
-	user, err := s.register(w.Context(), localpart, "")
+	in, _, err := s.register(w.Context(), localpart, "")
 	require.NoError(w, err)
-	return user
+	return in.User
 }
 
 // room makes a room.
@@ -110,66 +110,63 @@ func (w *world) set(s *server, user mxfed.UserID, id mxfed.RoomID, typ, key stri
 	return event
 }
 
+// member changes a membership.
+func (w *world) member(s *server, sender mxfed.UserID, id mxfed.RoomID, user mxfed.UserID, membership string) {
+	w.Helper()
+	_, err := s.sendMember(w.Context(), sender, id, user, membership, nil)
+	require.NoError(w, err)
+}
+
+// ask reads one row of a server's database.
+func ask[T any](w *world, s *server, query string, args ...any) (row T) {
+	w.Helper()
+	require.NoError(w, s.db.view(w.Context(), func(t *tx) error {
+		row, _ = one[T](t, query, args...)
+		return nil
+	}))
+	return row
+}
+
+// exec changes a server's database.
+func (w *world) exec(s *server, query string, args ...any) {
+	w.Helper()
+	require.NoError(w, s.db.exec(w.Context(), query, args...))
+}
+
 // stands is how the room's current state has a user.
 func (w *world) stands(s *server, id mxfed.RoomID, user mxfed.UserID) (membership string) {
 	w.Helper()
-	require.NoError(w, s.db.view(w.Context(), func(t *tx) error {
-		_, err := t.row(`SELECT membership FROM current_state WHERE room = $1 AND type = 'm.room.member' AND state_key = $2`, []any{id, user}, &membership)
-		return err
-	}))
-	return membership
+	return ask[string](w, s, `SELECT membership FROM state WHERE room = ? AND type = 'm.room.member' AND state_key = ? AND until = ?`, id, user, int64(forever))
 }
 
 // knows is how a server's own user stands to a room, whether the server is in it or not.
 func (w *world) knows(s *server, id mxfed.RoomID, user mxfed.UserID) *membership {
 	w.Helper()
-	var m *membership
-	require.NoError(w, s.db.view(w.Context(), func(t *tx) (err error) {
-		m, err = t.membership(user, id)
-		return err
-	}))
+	m, err := query(w.Context(), s.db, func(t *tx) *membership { return t.membership(user, id) })
+	require.NoError(w, err)
 	return m
 }
 
-// state is the current state of a room by event ID, checked against the groups that it is kept in.
+// state is the current state of a room by event ID.
 func (w *world) state(s *server, id mxfed.RoomID) map[mxfed.StateKey]mxfed.EventID {
 	w.Helper()
-	var state map[mxfed.StateKey]mxfed.EventID
-	require.NoError(w, s.db.view(w.Context(), func(t *tx) (err error) {
-		state, err = t.checkedState(id)
-		return err
-	}))
+	state, err := query(w.Context(), s.db, func(t *tx) map[mxfed.StateKey]mxfed.EventID { return t.wholeState(id) })
+	require.NoError(w, err)
 	return state
 }
 
-// checkedState reads the current state of a room from both places that it is kept in. They must agree.
-func (t *tx) checkedState(id mxfed.RoomID) (map[mxfed.StateKey]mxfed.EventID, error) {
-	state, groups := make(map[mxfed.StateKey]mxfed.EventID), make(map[mxfed.StateKey]mxfed.EventID)
-	err := t.each(func(scan func(...any) error) error {
-		var k mxfed.StateKey
-		var event mxfed.EventID
-		err := scan(&k.Type, &k.Key, &event)
-		state[k] = event
-		return err
-	}, `SELECT type, state_key, event FROM current_state WHERE room = $1`, id)
-	if err != nil {
-		return nil, err
+// agree waits until two servers know the same current state of a room.
+func (w *world) agree(a, b *server, id mxfed.RoomID) {
+	w.Helper()
+	w.eventually(func() bool { return maps.Equal(w.state(a, id), w.state(b, id)) })
+}
+
+func (t *tx) wholeState(id mxfed.RoomID) map[mxfed.StateKey]mxfed.EventID {
+	state := make(map[mxfed.StateKey]mxfed.EventID)
+	for _, row := range list[entryRow](t, `SELECT type, state_key, event FROM state WHERE room = ? AND until = ?`, id, int64(forever)) {
+		state[row.key()] = row.Event
 	}
-	r, err := t.room(id)
-	if err != nil {
-		return nil, err
-	}
-	var last mxfed.StateKey
-	for more := true; more; {
-		var page []entry
-		if page, last, more, err = t.page(r.state, last, true); err != nil {
-			return nil, err
-		}
-		for _, e := range page {
-			groups[e.key] = e.event
-		}
-	}
-	return state, errIf(!maps.Equal(state, groups), "current_state differs from the room's state group")
+	return state
 }
 
 // bodies are the texts of a room's messages, in order of acceptance.
