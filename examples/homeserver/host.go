@@ -34,7 +34,7 @@ func (h *host) Room(ctx context.Context, id mxfed.RoomID, ask mxfed.RoomQuery) (
 // facts answers ask as of this transaction, but for Room.Latest.
 func (t *tx) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*room, *mxfed.Room, error) {
 	r := t.room(id)
-	if r == nil || ask.Origin != "" && (r.Partial != "" || !t.hasServer(id, ask.To)) {
+	if !t.knows(r, ask) {
 		return nil, nil, mxfed.ErrNotFound
 	}
 	now := &mxfed.Room{Version: r.Version, Joined: make(map[mxfed.RoomID]bool), Present: make(map[mxfed.ServerName]bool), State: t.current(r, ask.State...)}
@@ -54,6 +54,19 @@ func (t *tx) facts(id mxfed.RoomID, ask mxfed.RoomQuery) (*room, *mxfed.Room, er
 		now.Local = t.local(r)
 	}
 	return r, now, nil
+}
+
+// knows tells whether this server can speak of a room: it is in it, and knows all of it if another one asks. Nobody but the
+// creator's own server knows a room that nobody has joined yet.
+func (t *tx) knows(r *room, ask mxfed.RoomQuery) bool {
+	if r == nil || ask.Origin != "" && r.Partial != "" {
+		return false
+	}
+	if t.hasServer(r.ID, ask.To) {
+		return true
+	}
+	_, members := one[int](t, `SELECT 1 FROM state WHERE room = ? AND type = 'm.room.member' LIMIT 1`, r.ID)
+	return ask.Origin == "" && !members
 }
 
 // joined tells whether a user is in a room, if this server knows.
