@@ -27,6 +27,8 @@ const (
 // written in C. Everything but a missing compiler fails the test: a machine without a network is not to pass unseen.
 func buildDendrite(t *testing.T) string {
 	t.Helper()
+	installing.Lock()
+	defer installing.Unlock()
 	cache, err := os.UserCacheDir()
 	require.NoError(t, err)
 	path := filepath.Join(cache, "mxfed-interop", "dendrite-"+dendriteVersion)
@@ -51,15 +53,6 @@ func buildDendrite(t *testing.T) string {
 	return path
 }
 
-// lacks skips a test for want of a program, but not where all tests must run.
-func lacks(t *testing.T, want string) {
-	t.Helper()
-	if os.Getenv("CI") == "true" {
-		require.Fail(t, want)
-	}
-	t.Skip(want)
-}
-
 // download gets a module, checked by Go's checksum database, and returns its folder. What is built in there uses the very
 // dependencies that its own go.sum names.
 func download(t *testing.T, module string) string {
@@ -73,23 +66,23 @@ func download(t *testing.T, module string) string {
 	return got.Dir
 }
 
-// startDendrite runs Dendrite until the test ends. It verifies certificates, and trusts those of ca.
-func startDendrite(t *testing.T, path, dir string, ca *authority) *server {
+// startDendrite runs Dendrite until the test ends. It verifies certificates, and trusts those of the test's authority.
+func startDendrite(t *testing.T, at *site) *server {
 	t.Helper()
-	client, federation := freePorts(t)
-	s := &server{name: mxfed.ServerName("127.0.0.1:" + federation), client: "http://127.0.0.1:" + client}
-	dir = within(t, dir, "dendrite")
-	certFile, keyFile := ca.issue(t, dir)
+	path := buildDendrite(t)
+	s, client, federation := at.server(t)
+	dir := at.folder(t, "dendrite")
+	certFile, keyFile := at.ca.issue(t, dir)
 	seed := make([]byte, ed25519.SeedSize)
 	_, _ = rand.Read(seed) // never fails
 	writePEM(t, filepath.Join(dir, "signing.pem"), &pem.Block{Type: "MATRIX PRIVATE KEY", Headers: map[string]string{"Key-ID": "ed25519:test"}, Bytes: seed})
 	config, err := json.Marshal(dendriteConfig(s.name)) // JSON is YAML
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(filepath.Join(dir, "dendrite.yaml"), config, 0o600))
-	p := &program{path: path, dir: dir, env: []string{"SSL_CERT_FILE=" + ca.certFile},
+	p := &program{path: path, dir: dir, env: []string{"SSL_CERT_FILE=" + at.ca.certFile},
 		args: []string{"-config", "dendrite.yaml", "-really-enable-open-registration", "-http-bind-address", "127.0.0.1:" + client,
 			"-https-bind-address", "127.0.0.1:" + federation, "-tls-cert", certFile, "-tls-key", keyFile}}
-	p.start(t, ca, s.client+"/_matrix/client/versions", "https://"+string(s.name)+"/_matrix/key/v2/server")
+	p.start(t, s, at.ca, s.client+"/_matrix/client/versions", s.federation+"/_matrix/key/v2/server")
 	return s
 }
 

@@ -4,8 +4,8 @@ package interop
 
 import (
 	"net/http"
+	"slices"
 	"strconv"
-	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -16,69 +16,122 @@ import (
 // world is a room's server, and the server of a user who wants to get in.
 type world struct {
 	*testing.T
+	peer       *peer // that one of the servers is, and the other is mxfed
 	version    mxfed.RoomVersion
 	here       *server
 	there      *server
 	alice, bob *phone // alice is here, bob is there
+	users      string // what makes the names of this world's users their own
 }
 
-// flows are what users do, and the first room version in which they can.
-var flows = []struct {
-	name  string
-	since int
-	run   func(w *world)
-}{
-	{"invite, join", 1, inviteJoin},
-	{"invite, reject", 1, inviteReject},
-	{"uninvited join", 1, uninvitedJoin},
-	{"join by alias", 1, joinByAlias},
-	{"restricted join", 8, restrictedJoin}, // https://spec.matrix.org/v1.19/rooms/v8/
-	{"leave", 1, leave},
-	{"ban", 1, ban},
+// newUser registers one more user.
+func (w *world) newUser(on *server, name string) *phone {
+	w.Helper()
+	return newPhone(w.T, on, name+w.users)
 }
 
-// TestFlows plays all flows between mxfed and Dendrite, in both directions and every room version. Each version has servers
-// of its own: after some errors a server does not call another one for a while.
+// flow is something that users do.
+type flow struct {
+	name        string
+	since       int     // first room version in which they can
+	here, there feature // that a peer must have which is alice's server, or bob's
+	run         func(w *world)
+}
+
+// flows are in the order of the report.
+var flows = []flow{
+	{"invite, join", 1, "", "", inviteJoin},
+	{"invite, reject", 1, "", "", inviteReject},
+	{"uninvited join", 1, "", "", uninvitedJoin},
+	{"join by alias", 1, "", "", joinByAlias},
+	{"restricted join", 8, "", "", restrictedJoin},              // https://spec.matrix.org/v1.19/rooms/v8/
+	{"knock_restricted join", 10, "", "", knockRestrictedJoin},  // https://spec.matrix.org/v1.19/rooms/v10/
+	{"knock, invite, join", 7, servesKnocks, knocks, knockJoin}, // https://spec.matrix.org/v1.19/rooms/v7/
+	{"knock, reject", 7, servesKnocks, knocks, knockReject},
+	{"knock, retract", 7, servesKnocks, retracts, knockRetract},
+	{"uninvited knock", 7, servesKnocks, knocks, uninvitedKnock},
+	{"knock_restricted knock", 10, servesKnocks, knocks, knockRestrictedKnock},
+	{"leave", 1, "", "", leave},
+	{"re-invite", 1, "", "", reinvite},
+	{"ban", 1, "", "", ban},
+}
+
+// TestFlows plays all flows between mxfed and each peer, in both directions and every room version.
 func TestFlows(t *testing.T) {
-	dendrite, homeserver := buildDendrite(t), buildHomeserver(t)
-	for v := 1; v <= 12; v++ {
-		t.Run("v"+strconv.Itoa(v), func(t *testing.T) {
-			dir := newFolder(t)
-			ca := newAuthority(t, dir)
-			theirs, ours := startDendrite(t, dendrite, dir, ca), startHomeserver(t, homeserver, dir, ca)
-			for i, flow := range flows {
-				if v < flow.since {
-					continue // there is no such thing
-				}
-				play := func(direction string, here, there *server) {
-					t.Run(flow.name+"/"+direction, func(t *testing.T) {
-						version := mxfed.RoomVersion(strconv.Itoa(v))
-						results.add(t, "Dendrite "+dendriteVersion, flow.name, direction, version)
-						n := strconv.Itoa(i)
-						flow.run(&world{t, version, here, there, newPhone(t, here, "alice"+n), newPhone(t, there, "bob"+n)})
-					})
-				}
-				play("our user, their room", theirs, ours)
-				play("their user, our room", ours, theirs)
+	t.Parallel()
+	for _, p := range peers {
+		t.Run(p.name, func(t *testing.T) {
+			t.Parallel()
+			servers := p.meet(t)
+			for v := 1; v <= 12; v++ {
+				t.Run("v"+strconv.Itoa(v), func(t *testing.T) {
+					theirs, ours := servers(t)
+					playAll(t, p, v, theirs, ours)
+				})
 			}
 		})
 	}
 }
 
-// TestNotOffered has flows that Dendrite cannot play. If it learns them, they belong into the table of TestFlows.
-func TestNotOffered(t *testing.T) {
-	dendrite, homeserver := buildDendrite(t), buildHomeserver(t)
-	dir := newFolder(t)
-	ca := newAuthority(t, dir)
-	theirs, ours := startDendrite(t, dendrite, dir, ca), startHomeserver(t, homeserver, dir, ca)
-	knocking := object{"initial_state": []object{{"type": "m.room.join_rules", "state_key": "", "content": object{"join_rule": "knock"}}}}
-	knock := func(on *phone) string {
-		return "knock/" + strings.TrimPrefix(joining(string(on.create("10", knocking)), on.on), "join/")
+// playAll plays all flows in one room version, with the same users: to register takes about as long as a flow.
+func playAll(t *testing.T, p *peer, v int, theirs, ours *server) {
+	version, users := mxfed.RoomVersion(strconv.Itoa(v)), ".v"+strconv.Itoa(v)
+	play := func(direction string, here, there *server, needs func(flow) feature) {
+		alice, bob := newPhone(t, here, "alice"+users), newPhone(t, there, "bob"+users)
+		for i, flow := range flows {
+			if v < flow.since || slices.Contains(p.lacks, needs(flow)) {
+				continue
+			}
+			t.Run(flow.name+"/"+direction, func(t *testing.T) {
+				results.add(t, p.String(), flow.name, direction, version)
+				for _, s := range []*server{here, there} {
+					s.tape.mark(version, flow.name+", "+direction)
+				}
+				alice.T, bob.T = t, t
+				flow.run(&world{T: t, peer: p, version: version, here: here, there: there, alice: alice, bob: bob, users: users + "." + strconv.Itoa(i)})
+			})
+		}
 	}
-	alice, bob := newPhone(t, ours, "alice"), newPhone(t, theirs, "bob")
-	// It has neither the endpoints for servers that want to knock, which is no fault of our client's, nor the one for its own.
-	alice.fails(http.StatusBadGateway, "M_UNKNOWN", "POST", knock(bob), object{})
-	bob.fails(http.StatusNotFound, "M_UNRECOGNIZED", "POST", knock(alice), object{})
+	play(ourUser, theirs, ours, func(f flow) feature { return f.here })
+	play(theirUser, ours, theirs, func(f flow) feature { return f.there })
+}
+
+// Directions of flows: on whose side alice is, and bob.
+const (
+	ourUser   = "our user, their room"
+	theirUser = "their user, our room"
+)
+
+// TestNotOffered has flows that a peer cannot play. If it learns them, that is to be said in peers.
+func TestNotOffered(t *testing.T) {
+	t.Parallel()
+	play := func(p *peer, direction string, run func(w *world)) {
+		require.True(t, slices.Contains(peers, p))
+		t.Run(p.name+"/"+direction, func(t *testing.T) {
+			at := newSite(t)
+			w := &world{T: t, peer: p, version: "10", here: startHomeserver(t, at), there: p.start(t, at)}
+			if direction == ourUser {
+				w.here, w.there = w.there, w.here
+			}
+			w.alice, w.bob = w.newUser(w.here, "alice"), w.newUser(w.there, "bob")
+			run(w)
+		})
+	}
+	play(dendrite, ourUser, func(w *world) { // that it has no such endpoints is no fault of our client's
+		room := w.alice.create(w.version, ruled("knock"))
+		w.bob.fails(http.StatusBadGateway, "M_UNKNOWN", "POST", knocking(room, w.here), object{})
+	})
+	play(dendrite, theirUser, func(w *world) {
+		room := w.alice.create(w.version, ruled("knock"))
+		w.bob.fails(http.StatusNotFound, "M_UNRECOGNIZED", "POST", knocking(room, w.here), object{})
+	})
+	play(synapse, theirUser, func(w *world) { // the room is not told, where he goes on knocking
+		room := w.alice.create(w.version, ruled("knock"))
+		w.knock(room)
+		w.bob.must("POST", in(room, "leave"), object{})
+		w.alice.hear(w.alice.say(room, "still there"), "still there")
+		w.alice.see(room, w.bob, "knock")
+	})
 }
 
 // inviteJoin invites bob, who sees what the room is, joins and talks with alice.
@@ -94,16 +147,22 @@ func (w *world) invite(room mxfed.RoomID) {
 	w.Helper()
 	w.alice.must("POST", in(room, "invite"), about(w.bob))
 	w.bob.await(func() bool { return w.bob.invites[room] != nil })
-	shown := make(map[string]event)
-	for _, e := range w.bob.invites[room] {
-		if e.StateKey != nil {
-			shown[e.Type+" "+*e.StateKey] = e
-		}
-	}
+	shown := stateOf(w.bob.invites[room])
 	member := shown["m.room.member "+string(w.bob.user)]
 	require.Equal(w, "invite", member.Content.Membership)
 	require.Equal(w, w.alice.user, member.Sender)
 	require.Contains(w, shown, "m.room.join_rules ")
+}
+
+// stateOf sorts events by type and state key.
+func stateOf(events []event) map[string]event {
+	state := make(map[string]event)
+	for _, e := range events {
+		if e.StateKey != nil {
+			state[e.Type+" "+*e.StateKey] = e
+		}
+	}
+	return state
 }
 
 // talk lets alice and bob, who has just joined, see and hear each other.
@@ -144,21 +203,101 @@ func joinByAlias(w *world) {
 // public makes a room for everybody.
 func (w *world) public() (room mxfed.RoomID, alias string) {
 	w.Helper()
-	local, _, _ := strings.Cut(string(w.alice.user)[1:], ":")
+	local := "room" + w.users
 	room = w.alice.create(w.version, object{"preset": "public_chat", "room_alias_name": local})
 	return room, "%23" + local + ":" + string(w.here.name)
 }
 
 // restrictedJoin lets bob in as soon as he is in another room, on alice's authority.
-func restrictedJoin(w *world) {
-	club := w.alice.create(w.version, object{"preset": "public_chat"})
-	room := w.alice.create(w.version, object{"initial_state": []object{{"type": "m.room.join_rules", "state_key": "", "content": object{
-		"join_rule": "restricted", "allow": []object{{"type": "m.room_membership", "room_id": club}}}}}})
+func restrictedJoin(w *world) { w.throughClub("restricted") }
+
+// knockRestrictedJoin does the same where bob could knock as well.
+func knockRestrictedJoin(w *world) { w.throughClub("knock_restricted") }
+
+func (w *world) throughClub(rule string) {
+	w.Helper()
+	club, room := w.club(rule)
 	w.bob.forbidden("POST", joining(string(room), w.here), nil)
 	w.bob.must("POST", joining(string(club), w.here), nil)
 	w.alice.see(club, w.bob, "join")
 	w.bob.must("POST", joining(string(room), w.here), nil)
 	require.Equal(w, w.alice.user, w.alice.see(room, w.bob, "join").Content.Authoriser)
+	w.talk(room)
+}
+
+// club makes a public room, and a room that its members may join.
+func (w *world) club(rule string) (club, room mxfed.RoomID) {
+	w.Helper()
+	club = w.alice.create(w.version, object{"preset": "public_chat"})
+	return club, w.alice.create(w.version, ruled(rule, object{"type": "m.room_membership", "room_id": club}))
+}
+
+// ruled is for a room that is joined by this rule.
+func ruled(rule string, allow ...object) object {
+	content := object{"join_rule": rule}
+	if allow != nil {
+		content["allow"] = allow
+	}
+	return object{"initial_state": []object{{"type": "m.room.join_rules", "state_key": "", "content": content}}}
+}
+
+// knockJoin lets bob ask to be invited. What he is shown of the room meanwhile says how it can be joined.
+func knockJoin(w *world) {
+	room := w.alice.create(w.version, ruled("knock"))
+	w.bob.forbidden("POST", joining(string(room), w.here), nil)
+	w.knock(room)
+	w.invite(room)
+	w.bob.must("POST", joining(string(room), w.here), nil)
+	w.talk(room)
+}
+
+// knock lets bob knock, and waits until both have seen that he has.
+func (w *world) knock(room mxfed.RoomID) {
+	w.Helper()
+	delete(w.bob.knocks, room)
+	w.bob.must("POST", knocking(room, w.here), object{"reason": "let me in"})
+	w.bob.await(func() bool { return w.bob.knocks[room] != nil })
+	shown := stateOf(w.bob.knocks[room])
+	require.Equal(w, "knock", shown["m.room.member "+string(w.bob.user)].Content.Membership)
+	require.Contains(w, shown, "m.room.join_rules ")
+	require.Equal(w, "let me in", w.alice.see(room, w.bob, "knock").Content.Reason)
+}
+
+// knockReject sends bob away. Whether he is told is up to the servers; he may knock again.
+func knockReject(w *world) {
+	room := w.alice.create(w.version, ruled("knock"))
+	w.knock(room)
+	w.alice.must("POST", in(room, "kick"), about(w.bob))
+	w.alice.see(room, w.bob, "leave")
+	w.bob.forbidden("POST", joining(string(room), w.here), nil)
+	w.knock(room)
+}
+
+// knockRetract lets bob change his mind.
+func knockRetract(w *world) {
+	room := w.alice.create(w.version, ruled("knock"))
+	w.knock(room)
+	w.bob.must("POST", in(room, "leave"), object{})
+	require.Equal(w, w.bob.user, w.alice.see(room, w.bob, "leave").Sender)
+	w.bob.forbidden("POST", joining(string(room), w.here), nil)
+}
+
+// uninvitedKnock keeps bob from knocking on a room that is only for the invited, and on one that he is banned from.
+func uninvitedKnock(w *world) {
+	w.bob.forbidden("POST", knocking(w.alice.create(w.version, nil), w.here), object{})
+	room := w.alice.create(w.version, ruled("knock"))
+	w.alice.must("POST", in(room, "ban"), about(w.bob))
+	w.bob.forbidden("POST", knocking(room, w.here), object{})
+	require.NotContains(w, w.bob.knocks, room)
+}
+
+// knockRestrictedKnock lets bob knock on a room that he may not join yet.
+func knockRestrictedKnock(w *world) {
+	_, room := w.club("knock_restricted")
+	w.knock(room)
+	w.invite(room)
+	w.bob.must("POST", joining(string(room), w.here), nil)
+	require.Empty(w, w.alice.see(room, w.bob, "join").Content.Authoriser)
 	w.talk(room)
 }
 

@@ -3,33 +3,34 @@
 package interop
 
 import (
+	"fmt"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/stretchr/testify/require"
-
-	"example.org/mxfed"
 )
 
-// buildHomeserver builds mxfed's side, and returns the path of the program.
-func buildHomeserver(t *testing.T) string {
-	t.Helper()
-	path := filepath.Join(t.TempDir(), "homeserver")
+// buildHomeserver builds mxfed's side, once for all tests, and returns the path of the program.
+var buildHomeserver = sync.OnceValues(func() (path string, err error) {
+	path = filepath.Join(scratch, "homeserver")
 	build := exec.Command("go", "build", "-o", path, ".")
 	build.Dir = filepath.Join("..", "examples", "homeserver")
-	out, err := build.CombinedOutput()
-	require.NoError(t, err, "build examples/homeserver: %s", out)
-	return path
-}
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build examples/homeserver: %w: %s", err, out)
+	}
+	return path, nil
+})
 
 // startHomeserver runs mxfed's side until the test ends.
-func startHomeserver(t *testing.T, path, dir string, ca *authority) *server {
+func startHomeserver(t *testing.T, at *site) *server {
 	t.Helper()
-	client, federation := freePorts(t)
-	s := &server{name: mxfed.ServerName("127.0.0.1:" + federation), client: "http://127.0.0.1:" + client}
-	p := &program{path: path, dir: within(t, dir, "homeserver"), args: []string{"-debug", "-name", string(s.name), "-ip", "127.0.0.1",
-		"-client-port", client, "-fed-port", federation, "-ca-cert", ca.certFile, "-ca-key", ca.keyFile, "-networks", "127.0.0.0/8"}}
-	p.start(t, ca, s.client+"/_matrix/client/versions")
+	path, err := buildHomeserver()
+	require.NoError(t, err)
+	s, client, federation := at.server(t)
+	p := &program{path: path, dir: at.folder(t, "homeserver"), args: []string{"-debug", "-name", string(s.name), "-ip", "127.0.0.1",
+		"-client-port", client, "-fed-port", federation, "-ca-cert", at.ca.certFile, "-ca-key", at.ca.keyFile, "-networks", "127.0.0.0/8"}}
+	p.start(t, s, at.ca, s.client+"/_matrix/client/versions")
 	return s
 }

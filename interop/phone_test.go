@@ -28,6 +28,7 @@ type phone struct {
 	events  map[mxfed.EventID]event
 	members map[place]event          // the last one seen, in the order of sync
 	invites map[mxfed.RoomID][]event // what is shown of a room together with an invite
+	knocks  map[mxfed.RoomID][]event // or with a knock
 }
 
 // place is where a member event belongs.
@@ -44,6 +45,7 @@ type event struct {
 	StateKey *string       `json:"state_key"`
 	Content  struct {
 		Membership string       `json:"membership"`
+		Reason     string       `json:"reason"`
 		Body       string       `json:"body"`
 		Authoriser mxfed.UserID `json:"join_authorised_via_users_server"`
 	} `json:"content"`
@@ -64,7 +66,8 @@ type answer struct {
 // newPhone registers a user.
 func newPhone(t *testing.T, on *server, name string) *phone {
 	t.Helper()
-	p := &phone{T: t, on: on, events: make(map[mxfed.EventID]event), members: make(map[place]event), invites: make(map[mxfed.RoomID][]event)}
+	p := &phone{T: t, on: on, events: make(map[mxfed.EventID]event), members: make(map[place]event), invites: make(map[mxfed.RoomID][]event),
+		knocks: make(map[mxfed.RoomID][]event)}
 	got := p.must("POST", "register", object{"username": name, "password": "a long pass phrase", "auth": object{"type": "m.login.dummy"}})
 	p.user, p.token = got.User, got.Token
 	return p
@@ -133,9 +136,14 @@ func in(room mxfed.RoomID, rest string) string {
 }
 
 // joining is the path of a join of a room or alias through a server.
-func joining(roomOrAlias string, via *server) string {
+func joining(roomOrAlias string, via *server) string { return through("join/", roomOrAlias, via) }
+
+// knocking is the path of a knock through a server.
+func knocking(room mxfed.RoomID, via *server) string { return through("knock/", string(room), via) }
+
+func through(path, roomOrAlias string, via *server) string {
 	query := url.Values{"server_name": {string(via.name)}, "via": {string(via.name)}}
-	return "join/" + url.PathEscape(roomOrAlias) + "?" + query.Encode()
+	return path + url.PathEscape(roomOrAlias) + "?" + query.Encode()
 }
 
 // about is the body of a request about another user.
@@ -165,7 +173,7 @@ func (p *phone) see(room mxfed.RoomID, who *phone, membership string) (member ev
 
 // patience is how long nothing of what is awaited may be heard of. It is far longer than anything takes, and there so that
 // one flow that hangs does not end all others.
-const patience = time.Minute
+const patience = 3 * time.Minute
 
 // await syncs until something is so.
 func (p *phone) await(so func() bool) {
@@ -180,6 +188,7 @@ type syncRoom struct {
 	State    struct{ Events []event } `json:"state"`
 	Timeline struct{ Events []event } `json:"timeline"`
 	Invite   struct{ Events []event } `json:"invite_state"`
+	Knock    struct{ Events []event } `json:"knock_state"`
 }
 
 // sync waits for something new. https://spec.matrix.org/v1.19/client-server-api/#syncing
@@ -189,13 +198,20 @@ func (p *phone) sync() {
 		Next  string                               `json:"next_batch"`
 		Rooms map[string]map[mxfed.RoomID]syncRoom `json:"rooms"`
 	}
-	status, text := p.request("GET", "sync?timeout=5000&since="+url.QueryEscape(p.since), nil, &got)
+	query := url.Values{"timeout": {"5000"}}
+	if p.since != "" {
+		query.Set("since", p.since)
+	}
+	status, text := p.request("GET", "sync?"+query.Encode(), nil, &got)
 	require.Equal(p, http.StatusOK, status, "%s", text)
 	p.since = got.Next
 	for _, rooms := range got.Rooms {
 		for id, room := range rooms {
 			if room.Invite.Events != nil {
 				p.invites[id] = room.Invite.Events
+			}
+			if room.Knock.Events != nil {
+				p.knocks[id] = room.Knock.Events
 			}
 			for _, e := range append(room.State.Events, room.Timeline.Events...) {
 				p.events[e.ID] = e

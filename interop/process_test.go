@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -23,8 +22,45 @@ import (
 
 // server is a homeserver in a process of its own.
 type server struct {
-	name   mxfed.ServerName
-	client string // where its client API is: http://127.0.0.1:PORT
+	name       mxfed.ServerName
+	client     string // where its client API is: http://127.0.0.1:PORT
+	federation string // where its own federation API is: https://127.0.0.1:PORT
+	log        string // file
+	tape       *tape  // of what stands before it, if that records
+	stop       func() // ends it before the test does, and returns when it has ended
+}
+
+// site is where a server is to be.
+type site struct {
+	dir   string           // of all servers of a test
+	ca    *authority       // whose certificates they trust
+	front mxfed.ServerName // what stands before it, and gives it its name, or ""
+}
+
+// newSite is a site for the servers of a test, which may share it.
+func newSite(t *testing.T) *site {
+	t.Helper()
+	dir := newFolder(t)
+	return &site{dir: dir, ca: newAuthority(t, dir)}
+}
+
+// server chooses ports for clients and for other servers, and with them a name.
+func (at *site) server(t *testing.T) (s *server, client, federation string) {
+	t.Helper()
+	client, federation = freePorts(t)
+	s = &server{name: at.front, client: "http://127.0.0.1:" + client, federation: "https://127.0.0.1:" + federation}
+	if s.name == "" {
+		s.name = mxfed.ServerName("127.0.0.1:" + federation)
+	}
+	return s, client, federation
+}
+
+// folder makes a folder for a server of this kind.
+func (at *site) folder(t *testing.T, kind string) string {
+	t.Helper()
+	dir, err := os.MkdirTemp(at.dir, kind+"-")
+	require.NoError(t, err)
+	return dir
 }
 
 // program says how to run a server.
@@ -38,11 +74,12 @@ type program struct {
 // superviseEnv, when set, makes the test binary the keeper of the program in its arguments: see TestMain.
 const superviseEnv = "INTEROP_SUPERVISE"
 
-// start runs a server until the test ends, and returns when it answers requests for all of ready. What it logs is shown if
-// the test fails.
-func (p *program) start(t *testing.T, ca *authority, ready ...string) {
+// start runs s until the test ends, and returns when it answers requests for all of ready. What it logs is shown if the test
+// fails.
+func (p *program) start(t *testing.T, s *server, ca *authority, ready ...string) {
 	t.Helper()
-	log, err := os.Create(p.dir + ".log")
+	s.log = p.dir + ".log"
+	log, err := os.Create(s.log)
 	require.NoError(t, err)
 	defer log.Close() // the process has its own
 	cmd := exec.Command(os.Args[0], append([]string{p.path}, p.args...)...)
@@ -57,11 +94,14 @@ func (p *program) start(t *testing.T, ca *authority, ready ...string) {
 		_ = cmd.Wait() // how it ended, the log says
 		close(exited)
 	}()
-	t.Cleanup(func() {
+	s.stop = func() {
 		leash.Close()
 		<-exited
+	}
+	t.Cleanup(func() {
+		s.stop()
 		if t.Failed() {
-			t.Logf("the end of %s:\n%s", log.Name(), tail(log.Name(), 60))
+			t.Logf("the end of %s:\n%s", s.log, tail(s.log, 60))
 		}
 	})
 	web := &http.Client{Transport: &http.Transport{TLSClientConfig: ca.client(), DisableKeepAlives: true}}
@@ -133,14 +173,6 @@ func newFolder(t *testing.T) string {
 		require.NoError(t, os.RemoveAll(dir))
 	})
 	return dir
-}
-
-// within makes a folder in a folder.
-func within(t *testing.T, dir, name string) string {
-	t.Helper()
-	made := filepath.Join(dir, name)
-	require.NoError(t, os.Mkdir(made, 0o700))
-	return made
 }
 
 // freePorts are two ports of the loopback interface that nobody listened on a moment ago: for clients, for servers.
