@@ -186,18 +186,42 @@ func (t *tx) admits(origin mxfed.ServerName, id mxfed.RoomID) error {
 
 // tryEvent judges and stores an event, once, unless what it follows is missing, or what authorises it and is not to be had.
 func (s *server) tryEvent(ctx context.Context, origin mxfed.ServerName, e *mxfed.Event) (missing bool, err error) {
-	auth, prev, err := s.judgeEvent(ctx, e)
+	e, signed := s.policySigned(ctx, e)
+	auth, prev, err := s.judgeEvent(ctx, e, signed)
 	if err == nil && auth {
 		if err := s.fetchAuth(ctx, origin, e); err != nil {
 			s.log.Info("auth events are missing", "event", e.ID(), "err", err)
 		}
-		auth, prev, err = s.judgeEvent(ctx, e)
+		auth, prev, err = s.judgeEvent(ctx, e, signed)
 	}
 	return auth || prev, err
 }
 
+// policySigned tells whether the room's policy server, if it has one, has signed an event or does so now, and returns the
+// event with what was signed. https://spec.matrix.org/v1.19/server-server-api/#policy-servers
+func (s *server) policySigned(ctx context.Context, e *mxfed.Event) (signed *mxfed.Event, ok bool) {
+	policy, err := query(ctx, s.db, func(t *tx) *mxfed.Event {
+		for _, policy := range t.stateEvents(&room{ID: e.RoomID()}, snapshot{base: forever - 1}, mxfed.StateKey{Type: "m.room.policy"}) {
+			var content struct{ Via mxfed.ServerName }
+			json.Unmarshal(policy.Content(), &content) // a policy that names no server is none
+			if t.hasServer(e.RoomID(), content.Via) {
+				return policy
+			}
+		}
+		return nil
+	})
+	if err != nil || mxfed.SignedByPolicyServer(policy, e) {
+		return e, err == nil
+	}
+	if signed, err = s.fed.Client().PolicySign(ctx, "", policy, e); err != nil {
+		s.log.Info("not let through", "event", e.ID(), "err", err)
+		return e, false
+	}
+	return signed, true
+}
+
 // judgeEvent tells which events are missing.
-func (s *server) judgeEvent(ctx context.Context, e *mxfed.Event) (auth, prev bool, err error) {
+func (s *server) judgeEvent(ctx context.Context, e *mxfed.Event, signed bool) (auth, prev bool, err error) {
 	var verdict error
 	err = s.db.update(ctx, e.RoomID(), func(t *tx) error {
 		r := t.room(e.RoomID())
@@ -207,16 +231,20 @@ func (s *server) judgeEvent(ctx context.Context, e *mxfed.Event) (auth, prev boo
 		before, known := t.stateAfter(r, e.Prev())
 		auth, prev = len(t.events(e.Auth()...)) < len(e.Auth()), !known // rejected auth events are not missing
 		if !auth && !prev {
-			verdict = t.take(r, e, before)
+			verdict = t.take(r, e, before, signed)
 		}
 		return nil
 	})
 	return auth, prev, cmp.Or(err, verdict)
 }
 
-// take judges an event and stores it as what it is.
-func (t *tx) take(r *room, e *mxfed.Event, before snapshot) (verdict error) {
+// take judges an event and stores it as what it is: if the room's policy server has not signed it, as one that users do not
+// see.
+func (t *tx) take(r *room, e *mxfed.Event, before snapshot, signed bool) (verdict error) {
 	status, why := t.judge(r, e, before)
+	if status == statusAccepted && !signed {
+		status = statusSoftFailed
+	}
 	if err := t.add(r, &addition{event: e, before: before, status: status}); err != nil {
 		return err
 	}
@@ -329,9 +357,10 @@ func (s *server) acceptWithState(ctx context.Context, origin mxfed.ServerName, e
 	ask := func(k *intake) (map[mxfed.EventID]error, error) {
 		return k.fetchState(ctx, &mxfed.StateRequest{Event: e, From: s.name, Via: []mxfed.ServerName{origin}})
 	}
+	e, signed := s.policySigned(ctx, e)
 	err := s.takeIn(ctx, e.RoomID(), ask, func(t *tx, k *intake) error {
 		if r := t.room(e.RoomID()); r != nil && t.placed(r.ID, e.ID()) == nil {
-			verdict = t.take(r, e, t.fetchedState(r, k))
+			verdict = t.take(r, e, t.fetchedState(r, k), signed)
 		}
 		return nil
 	})

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -126,6 +127,46 @@ func TestForgedJoin(t *testing.T) {
 	require.NoError(t, b.fed.Client().Do(t.Context(), "", "a.example", http.MethodPut, "/_matrix/federation/v1/send/x", body, &answer))
 	require.Contains(t, answer.PDUs[e.ID()].Error, "authorises")
 	require.Empty(t, w.stands(a, id, bill))
+}
+
+// TestPolicyServer has a server send what the room's policy server, of which it does not know yet, has not signed.
+func TestPolicyServer(t *testing.T) {
+	w := newWorld(t)
+	a, b, c := w.start("a.example"), w.start("b.example"), w.start("c.example")
+	alice, bob, carol := w.user(a, "alice"), w.user(b, "bob"), w.user(c, "carol")
+	seed := make([]byte, ed25519.SeedSize)
+	key := ed25519.NewKeyFromSeed(seed)
+	mux := http.NewServeMux()
+	mux.Handle("/", b.federation())
+	mux.Handle("/_matrix/policy/v1/sign", b.endpoint(http.MethodPost, func(_ *http.Request, in *mxfed.Request) (any, error) {
+		if strings.Contains(string(in.Body), "spam") {
+			return nil, mxfed.ErrForbidden
+		}
+		var e map[string]any
+		require.NoError(t, json.Unmarshal(in.Body, &e))
+		if e["type"] == "m.room.message" { // of which redaction leaves nothing
+			e["content"] = map[string]any{}
+		}
+		delete(e, "signatures")
+		text, err := mxfed.CanonicalJSON(asJSON(e))
+		require.NoError(t, err)
+		return map[string]any{"b.example": map[string]string{"ed25519:policy_server": base64.RawStdEncoding.EncodeToString(ed25519.Sign(key, text))}}, nil
+	}))
+	require.NoError(t, w.Serve("b.example", mux))
+	id := w.room(a, alice, roomRequest{Preset: "public_chat"})
+	for s, user := range map[*server]mxfed.UserID{b: bob, c: carol} {
+		require.NoError(t, s.joinRoom(t.Context(), user, id, []mxfed.ServerName{"a.example"}, nil))
+	}
+	w.exec(a, `INSERT INTO destinations (name) VALUES ('c.example') ON CONFLICT DO NOTHING`)
+	w.exec(a, `UPDATE destinations SET held_until = ? WHERE name = 'c.example'`, int64(forever)) // c is not told of the policy
+	w.set(a, alice, id, "m.room.policy", "", map[string]any{"via": "b.example",
+		"public_keys": map[string]string{"ed25519": base64.RawStdEncoding.EncodeToString(key.Public().(ed25519.PublicKey))}})
+	w.say(c, carol, id, "spam")
+	w.say(c, carol, id, "something else")
+	w.eventually(func() bool { return len(w.bodies(a, id)) > 0 })
+	require.Equal(t, []string{"something else"}, w.bodies(a, id))
+	require.Equal(t, statusSoftFailed, ask[int](w, a, `SELECT status FROM events WHERE json LIKE '%"spam"%'`))
+	require.Contains(t, ask[string](w, a, `SELECT json FROM events WHERE json LIKE '%"something else"%'`), "policy_server")
 }
 
 // TestGap has a server miss many events, and find them again by those that follow: few between, and more than are fetched.
