@@ -127,7 +127,8 @@ func (w *window) add(list string, text []byte) {
 
 func newJoinCheck(v *verifier, rules *roomRules, known bool, req *JoinRequest) *joinCheck {
 	return &joinCheck{keys: keySet{verifier: v}, rules: rules, version: known, room: req.Room, sink: req.Sink,
-		lost: make(map[StateKey]error), shared: make(map[string]string), texts: make(map[uint64]*joinNode), seed: maphash.MakeSeed(), graph: make(map[EventID]*joinNode),
+		lost: make(map[StateKey]error), shared: make(map[string]string), texts: make(map[uint64]*joinNode),
+		seed: maphash.MakeSeed(), graph: make(map[EventID]*joinNode),
 		result: &JoinResult{Dropped: make(map[EventID]error)}}
 }
 

@@ -111,7 +111,8 @@ type incomingRow struct {
 
 // takeIn has ask fetch a state, and then use make something of it in one transaction, in which the room is held and all
 // events are stored that ask did not say to drop.
-func (s *server) takeIn(ctx context.Context, id mxfed.RoomID, ask func(*intake) (dropped map[mxfed.EventID]error, err error), use func(*tx, *intake) error) error {
+func (s *server) takeIn(ctx context.Context, id mxfed.RoomID, ask func(*intake) (dropped map[mxfed.EventID]error, err error),
+	use func(*tx, *intake) error) error {
 	k := &intake{server: s, name: rand.Text(), room: id, rows: make(map[mxfed.EventID]*incomingRow), tell: s.progress(id)}
 	dropped, err := ask(k)
 	if err == nil {
@@ -215,7 +216,8 @@ func (t *tx) enter(k *intake, result *mxfed.JoinResult) error {
 	t.exec(`UPDATE state SET until = ? WHERE room = ? AND until = ? AND event NOT IN (SELECT id FROM incoming WHERE intake = ? AND entry = 1)`,
 		r.Now, r.ID, int64(forever), k.name)
 	t.exec(`INSERT INTO state SELECT i.room, i.type, i.state_key, i.id, i.membership, i.server, CAST(? AS BIGINT), CAST(? AS BIGINT) FROM incoming i
-		WHERE i.intake = ? AND i.entry = 1 AND NOT EXISTS (SELECT 1 FROM state s WHERE s.room = i.room AND s.type = i.type AND s.state_key = i.state_key AND s.until = ?)`,
+		WHERE i.intake = ? AND i.entry = 1 AND NOT EXISTS (SELECT 1 FROM state s WHERE s.room = i.room AND s.type = i.type
+			AND s.state_key = i.state_key AND s.until = ?)`,
 		r.Now, int64(forever), k.name, int64(forever))
 	t.exec(`UPDATE events SET latest = 0 WHERE room = ? AND latest = 1`, r.ID)
 	if len(result.Servers) > 0 {

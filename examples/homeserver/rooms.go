@@ -32,7 +32,8 @@ func (s *server) send(ctx context.Context, m *message) (id mxfed.EventID, err er
 // sent is what the device has sent already under the same transaction ID.
 func (t *tx) sent(m *message) (id mxfed.EventID) {
 	if m.Txn != "" {
-		id, _ = one[mxfed.EventID](t, `SELECT id FROM events WHERE sender = ? AND device = ? AND txn = ? AND txn <> '' AND room = ?`, m.Sender, m.Device, m.Txn, m.Room)
+		id, _ = one[mxfed.EventID](t, `SELECT id FROM events WHERE sender = ? AND device = ? AND txn = ? AND txn <> '' AND room = ?`,
+			m.Sender, m.Device, m.Txn, m.Room)
 	}
 	return id
 }
@@ -198,7 +199,8 @@ func powerLevels(creator mxfed.UserID, version mxfed.RoomVersion, req *roomReque
 }
 
 // sendMember changes a user's membership in a room that this server is in. content may be nil.
-func (s *server) sendMember(ctx context.Context, sender mxfed.UserID, id mxfed.RoomID, user mxfed.UserID, membership string, content json.RawMessage) (mxfed.EventID, error) {
+func (s *server) sendMember(ctx context.Context, sender mxfed.UserID, id mxfed.RoomID, user mxfed.UserID, membership string,
+	content json.RawMessage) (mxfed.EventID, error) {
 	full, err := s.memberContent(ctx, user, content, membership)
 	if err != nil {
 		return "", err
@@ -321,7 +323,8 @@ func (t *tx) outside(user mxfed.UserID, e *mxfed.Event, state []mxfed.Stripped, 
 	for _, entry := range state {
 		shown = append(shown, stripped(&entry))
 	}
-	t.setOutside(user, &membership{Room: e.RoomID(), Membership: e.Membership(), Event: e, Shown: append(shown, strippedEvent(e)), version: e.Version(), via: via})
+	t.setOutside(user, &membership{Room: e.RoomID(), Membership: e.Membership(), Event: e, Shown: append(shown, strippedEvent(e)),
+		version: e.Version(), via: via})
 	return nil
 }
 
