@@ -118,7 +118,7 @@ func TestTable(t *testing.T) {
 		{peer: a, flow: "leave", direction: ourUser, passed: []int{10, 1}},
 		{peer: a + ", " + b, flow: "all", direction: "room of " + a, passed: []int{1, 2}},
 	}}
-	require.Equal(t, "| room versions | "+a+" | "+b+` |
+	require.Equal(t, "| what users do | "+a+" | "+b+` |
 |---|---|---|
 | leave; ban | 1, 10 →, 4–5 ← | 1–3 ← |
 | all | 1–2 ⇄ | 1–2 ⇄ |
@@ -139,7 +139,7 @@ func TestCompare(t *testing.T) {
 	require.NoError(t, r.compare(file, false))
 	text, err := os.ReadFile(file)
 	require.NoError(t, err)
-	require.Regexp(t, "^before\n"+begin+`\| room versions(.*\n)+20\d\d-\d\d-\d\d, .*\n`+end+"after\n$", string(text))
+	require.Regexp(t, "^before\n"+begin+`\| what users do(.*\n)+20\d\d-\d\d-\d\d, .*\n`+end+"after\n$", string(text))
 	r.rows[0].passed = []int{1, 2}
 	require.ErrorContains(t, r.compare(file, false), "says something else")
 }
