@@ -103,8 +103,10 @@ func ExampleEvent_Check() {
 			return room.Fetch(e, from) // and check again
 		case errors.Is(err, mxfed.ErrSoftFailed):
 			return room.Store(e, "soft-failed") // others may build on it, users do not see it
+		case errors.Is(err, mxfed.ErrRejected):
+			return room.Store(e, "rejected") // so that it is not fetched again
 		default:
-			return room.Store(e, "rejected") // what is built on it can be told to be bad
+			return err // it is not what its ID says
 		}
 	}
 	_ = take

@@ -37,8 +37,8 @@ func (f MemberHostFunc) Accept(ctx context.Context, m *Membership) error { retur
 
 // Check repeats the room's checks on facts read again. It does no I/O, so a host calls it inside the transaction that
 // stores the event, with the answer to m.Ask as of then: a join that has become forbidden meanwhile is refused, and no
-// retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error, with the reasons that
-// Event.Check gives. Here none of them lets the event in.
+// retry loop is needed. An event that now.Events already holds passes. Errors are of type *Error; for whatever reason, the
+// event is not let in.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (m *Membership) Check(now *Room) error {
 	if now == nil {

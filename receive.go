@@ -7,9 +7,12 @@ import (
 
 // This file judges events that come from elsewhere by what their room knows: which facts those are, and what follows.
 
-// Reasons that errors.Is finds in what Event.Check and Membership.Check return; any other error means that the event is
-// rejected for good.
+// Reasons that errors.Is finds in what Event.Check and Membership.Check return. Any other error says that the facts are not
+// about this event: they are of another room or room version, or hold another event under its ID. Then nothing is stored
+// under that ID.
 var (
+	// ErrRejected: the event was never allowed. The host may keep it, so as not to fetch it again, but it counts for nothing.
+	ErrRejected = errors.New("rejected")
 	// ErrMissing: events that this one is built on are not known here. The host fetches them and checks again.
 	ErrMissing = errors.New("events are missing")
 	// ErrSoftFailed: the event was allowed when it was sent, but the room as it is now does not allow it. The host keeps it,
@@ -32,8 +35,8 @@ func (e *Event) Query() RoomQuery {
 var admissionState = []StateKey{{typeCreate, ""}, {typePowerLevels, ""}, {typeJoinRules, ""}, {typeServerACL, ""}, {typePolicy, ""}}
 
 // Check decides, by the answer to Query, what becomes of an event of any type that comes from elsewhere: nil means that the
-// room takes it, or has it already; ErrMissing and ErrSoftFailed are told apart from what is rejected. It does no I/O, so a
-// host calls it inside the transaction that stores the event. Before that, Server.Verify says whether the event is genuine;
+// room takes it, or has it already; else the reason is ErrRejected, ErrSoftFailed or ErrMissing. It does no I/O, so a host
+// calls it inside the transaction that stores the event. Before that, Server.Verify says whether the event is genuine;
 // an access control list and a policy server are not looked at here. Errors are of type *Error.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (e *Event) Check(now *Room) error {
@@ -63,17 +66,28 @@ func (e *Event) checkBefore(now *Room) (known bool, err error) {
 		}
 		auth = append(auth, event)
 	}
-	if err := checkAuthEvents(e, auth); err != nil {
-		return false, err
-	}
 	create := now.state(typeCreate, "")
+	if e.typ == typeCreate && create != nil {
+		return false, because(ErrRejected, ErrForbidden, "the room has a create event")
+	}
+	if err := checkAuthEvents(e, auth); err != nil {
+		return false, reason(ErrRejected, err)
+	}
 	if err := authorise(e, stateOf(auth, create), true); err != nil {
-		return false, err
+		return false, reason(ErrRejected, err)
 	}
 	if now.Before == nil {
 		return false, because(ErrMissing, ErrForbidden, "prev_events are not known here")
 	}
-	return false, authorise(e, stateOf(now.Before, create), true)
+	return false, reason(ErrRejected, authorise(e, stateOf(now.Before, create), true))
+}
+
+// reason adds to a refusal what follows from it.
+func reason(why, err error) error {
+	if refused := (*Error)(nil); errors.As(err, &refused) {
+		return because(why, refused.Code, "%s", refused.Message)
+	}
+	return err
 }
 
 // fits checks that the facts are about the event's room.
@@ -100,11 +114,7 @@ func findEvent(events []*Event, id EventID) *Event {
 
 // checkNow checks an event that was allowed where it was sent against the current state.
 func (e *Event) checkNow(now *Room) error {
-	err := authorise(e.notFirst(now), stateOf(now.State, now.state(typeCreate, "")), true)
-	if refused := (*Error)(nil); errors.As(err, &refused) {
-		return because(ErrSoftFailed, refused.Code, "%s", refused.Message)
-	}
-	return err
+	return reason(ErrSoftFailed, authorise(e.notFirst(now), stateOf(now.State, now.state(typeCreate, "")), true))
 }
 
 // notFirst hides, in a room that knows the user, that a join is built on the create event alone: the rule by which that lets

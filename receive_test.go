@@ -11,7 +11,7 @@ import (
 // What becomes of an event from elsewhere follows from what is known where it was sent, and then from what the room is now.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func TestEvent_Check(t *testing.T) {
-	const accepted, rejected, missing, softFailed = "accepted", "rejected", "missing", "soft-failed"
+	const accepted, rejected, missing, softFailed, another = "accepted", "rejected", "missing", "soft-failed", "another"
 	for name, c := range map[string]struct {
 		change func(c *srvCheck)
 		want   string
@@ -19,7 +19,7 @@ func TestEvent_Check(t *testing.T) {
 		"nothing":                        {func(*srvCheck) {}, accepted},
 		"stored already, whatever else":  {func(c *srvCheck) { *c.now = mxfed.Room{Version: c.now.Version, Events: []*mxfed.Event{c.m.Event}} }, accepted},
 		"conditions are not asked again": {func(c *srvCheck) { c.now.Joined = nil }, accepted},
-		"another room version":           {func(c *srvCheck) { c.now.Version = "9" }, rejected},
+		"another room version":           {func(c *srvCheck) { c.now.Version = "9" }, another},
 		"no events":                      {func(c *srvCheck) { c.now.Events = nil }, missing},
 		"an auth event missing":          {func(c *srvCheck) { c.now.Events = c.now.Events[1:] }, missing},
 		"state before unknown":           {func(c *srvCheck) { c.now.Before = nil }, missing},
@@ -32,7 +32,8 @@ func TestEvent_Check(t *testing.T) {
 		"banned now":             {func(c *srvCheck) { c.now.State = append(c.now.State, c.member("ban")) }, softFailed},
 		"no join rules now":      {func(c *srvCheck) { c.now.State = srvWithout(c.now.State, "m.room.join_rules", "") }, softFailed},
 		"authoriser gone now":    {func(c *srvCheck) { c.now.State = srvWithout(c.now.State, "m.room.member", c.admin) }, softFailed},
-		"of another room":        {func(c *srvCheck) { c.now.State = newSrvRoom(c.t, newSrvSite(c.t), "11", nil).facts(c.m.Ask).State }, rejected},
+		"of another room":        {func(c *srvCheck) { c.now.State = newSrvRoom(c.t, newSrvSite(c.t), "11", nil).facts(c.m.Ask).State }, another},
+		"an auth event too many": {func(c *srvCheck) { c.m.Event = c.naming(c.event("m.room.topic", "", map[string]any{})) }, rejected},
 	} {
 		for _, v := range []mxfed.RoomVersion{"8", "10", "12"} {
 			t.Run(name+", version "+string(v), func(t *testing.T) {
@@ -47,10 +48,34 @@ func TestEvent_Check(t *testing.T) {
 	require.ErrorIs(t, m.Event.Check(nil), mxfed.ErrNotFound)
 }
 
+// naming is the join with one more auth event, which is known.
+func (c *srvCheck) naming(more *mxfed.Event) *mxfed.Event {
+	c.now.Events = append(c.now.Events, more)
+	join := c.joinOf("@alice:domain", c.admin)
+	return srvEvent(c.t, c.version, join.with("prev_events", srvRefs(c.version, c.m.Event.Prev()...)).
+		with("auth_events", srvRefs(c.version, append(c.m.Event.Auth(), more.ID())...)).sign(c.t, c.version, c.site.domain))
+}
+
+// A room has one create event, whatever comes under its name.
+func TestEvent_CheckCreate(t *testing.T) {
+	for _, v := range srvVersions {
+		room := newSrvRoom(t, newSrvSite(t), v, nil)
+		create := room.state[mxfed.StateKey{Type: "m.room.create"}]
+		first := &mxfed.Room{Version: v, Before: []*mxfed.Event{}}
+		requireOutcome(t, "accepted", create.Check(first))
+		first.State = []*mxfed.Event{create}
+		if v != "12" { // where another one is another room
+			pdu := room.pdu(room.admin, "m.room.create", "", map[string]any{"room_version": v, "creator": room.admin, "x": 1})
+			pdu["prev_events"], pdu["auth_events"] = []any{}, []any{}
+			requireOutcome(t, "rejected", srvEvent(t, v, pdu.sign(t, v, room.site.own)).Check(first))
+		}
+	}
+}
+
 // requireOutcome tells the errors of Check apart.
 func requireOutcome(t *testing.T, want string, err error) {
 	t.Helper()
-	for outcome, reason := range map[string]error{"missing": mxfed.ErrMissing, "soft-failed": mxfed.ErrSoftFailed} {
+	for outcome, reason := range map[string]error{"missing": mxfed.ErrMissing, "soft-failed": mxfed.ErrSoftFailed, "rejected": mxfed.ErrRejected} {
 		if outcome == want {
 			require.ErrorIs(t, err, reason)
 		} else {
