@@ -129,8 +129,11 @@ func (s *server) parse(ctx context.Context, pdu json.RawMessage) (*mxfed.Event, 
 	for waiting := true; waiting; {
 		err := s.db.view(ctx, func(t *tx) error {
 			_, waiting = one[int](t, `SELECT 1 FROM joining WHERE room = ? AND until > ?`, named.Room, now())
-			version, _ = one[mxfed.RoomVersion](t, `SELECT version FROM rooms WHERE id = ? UNION SELECT version FROM outside WHERE room = ? AND user_id = ?`,
-				named.Room, named.Room, named.User)
+			if r := t.room(named.Room); r != nil {
+				version = r.Version
+			} else { // what the inviter's server says, which nobody has proven
+				version, _ = one[mxfed.RoomVersion](t, `SELECT version FROM outside WHERE room = ? AND user_id = ?`, named.Room, named.User)
+			}
 			return nil
 		})
 		if err != nil {
@@ -242,6 +245,9 @@ func (s *server) judgeEvent(ctx context.Context, e *mxfed.Event, signed bool) (a
 // see.
 func (t *tx) take(r *room, e *mxfed.Event, before snapshot, signed bool) (verdict error) {
 	status, why := t.judge(r, e, before)
+	if status == statusAnother {
+		return why
+	}
 	if status == statusAccepted && !signed {
 		status = statusSoftFailed
 	}

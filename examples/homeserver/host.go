@@ -131,7 +131,10 @@ func (h *host) accept(ctx context.Context, m *mxfed.Membership) (stored *roomEve
 		if stored = t.placed(id, m.Event.ID()); stored != nil {
 			return nil
 		}
-		before, _ := t.stateAfter(r, m.Event.Prev()) // as Check has seen
+		before, known := t.stateAfter(r, m.Event.Prev())
+		if !known { // the event came as part of a state: what was before it is not known here
+			return mxfed.ErrNotFound
+		}
 		stored = &roomEvent{Event: m.Event, before: before}
 		return t.add(r, &addition{event: m.Event, before: before, toAll: true})
 	})

@@ -207,7 +207,10 @@ func (k *intake) clean(ctx context.Context) {
 // join is the one end of its graph. If another user's join was faster, this one joins the graph as it is.
 func (t *tx) enter(k *intake, result *mxfed.JoinResult) error {
 	join := result.Event
-	t.exec(`INSERT INTO rooms (id, version) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET version = excluded.version`, k.room, join.Version())
+	if old := t.room(k.room); old != nil && old.Version != join.Version() { // its server has made it anew
+		return &mxfed.Error{Code: mxfed.ErrIncompatibleRoomVersion, Message: "the room was of another version", RoomVersion: join.Version()}
+	}
+	t.exec(`INSERT INTO rooms (id, version) VALUES (?, ?) ON CONFLICT DO NOTHING`, k.room, join.Version())
 	r := cmp.Or(t.room(k.room), &room{})
 	if t.hasServer(k.room, t.db.own) {
 		return t.add(r, &addition{event: join, before: t.fetchedState(r, k)})
@@ -299,11 +302,14 @@ func (t *tx) complete(k *intake) {
 	}
 }
 
-// expel rejects an event that was accepted. What it replaced holds again.
+// expel rejects an event that was accepted. What it replaced holds again, and what it followed can be followed
+// again, even if others do already.
 func (t *tx) expel(r *room, e *roomEvent) {
+	if t.exec(`UPDATE events SET latest = 0 WHERE id = ? AND latest = 1`, e.ID()) {
+		t.exec(`UPDATE events SET latest = 1 WHERE room = ? AND position > 0 AND status = ? AND id IN (?)`, r.ID, statusAccepted, e.Prev())
+	}
 	t.exec(`UPDATE events SET status = ? WHERE id = ?`, statusRejected, e.ID())
-	was, found := one[entryRow](t, `SELECT type, state_key, since, until FROM state WHERE room = ? AND event = ?`, r.ID, e.ID())
-	if found {
+	for _, was := range list[entryRow](t, `SELECT type, state_key, since, until FROM state WHERE room = ? AND event = ?`, r.ID, e.ID()) {
 		t.exec(`DELETE FROM state WHERE room = ? AND event = ?`, r.ID, e.ID())
 		t.exec(`UPDATE state SET until = ? WHERE room = ? AND type = ? AND state_key = ? AND until = ?`, was.Until, r.ID, was.Type, was.StateKey, was.Since)
 	}

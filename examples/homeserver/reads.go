@@ -140,18 +140,18 @@ func visibilityOf(rule []*mxfed.Event) string {
 }
 
 // history walks from events back along prev_events, these included, and returns what a server may see: limit at most, as
-// far as events are known here, and none of stop.
+// far as events are known here, and none of stop. It looks at ten times as many at most, whoever may not see them.
 func (t *tx) history(id mxfed.RoomID, origin mxfed.ServerName, from, stop []mxfed.EventID, limit int) (events []*mxfed.Event) {
 	seen := make(map[mxfed.EventID]bool)
 	for _, id := range stop {
 		seen[id] = true
 	}
-	for queue := from; len(queue) > 0 && len(events) < limit; queue = queue[1:] {
+	for queue := from; len(queue) > 0 && len(events) < limit && len(seen) < len(stop)+10*limit; queue = queue[1:] {
 		if seen[queue[0]] {
 			continue
 		}
 		seen[queue[0]] = true
-		if e := t.placed(id, queue[0]); e != nil {
+		if e := t.placed(id, queue[0]); e != nil && e.status != statusRejected {
 			queue = append(queue, e.Prev()...)
 			events = append(events, t.visible(origin, []*roomEvent{e})...)
 		}

@@ -81,37 +81,22 @@ func (r *resolution) conflicted(agreed []*mxfed.Event, states [][]mxfed.EventID)
 	for _, e := range agreed {
 		r.ancestors(e, common)
 	}
-	in := make(map[mxfed.EventID][]bool) // which states have an entry, and later, which have an event in their auth chains
-	for i, state := range states {
-		for _, id := range state {
-			if id == "" || r.chain[id] == nil {
-				continue
-			}
-			if in[id] == nil {
-				full[id], in[id] = true, make([]bool, len(states))
-			}
-			in[id][i] = true
-		}
-	}
-	chains := make(map[mxfed.EventID][]bool)
-	for id, of := range in {
+	chains := make(map[mxfed.EventID]int) // in those of how many states an event is
+	for _, state := range states {
 		above := make(idSet)
-		r.ancestors(r.chain[id], above)
-		for a := range above {
-			if common[a] {
-				continue
-			}
-			if chains[a] == nil {
-				chains[a] = make([]bool, len(states))
-			}
-			for i := range of {
-				chains[a][i] = chains[a][i] || of[i]
+		for _, id := range state {
+			if e := r.chain[id]; e != nil {
+				full[id] = true
+				r.ancestors(e, above)
 			}
 		}
+		for a := range above {
+			chains[a]++
+		}
 	}
-	between := r.between(in)
-	for a, of := range chains {
-		if slices.Contains(of, false) {
+	between := r.between(full)
+	for a, n := range chains {
+		if n < len(states) && !common[a] {
 			full[a] = true
 		}
 	}
@@ -119,24 +104,41 @@ func (r *resolution) conflicted(agreed []*mxfed.Event, states [][]mxfed.EventID)
 	return full
 }
 
-// between is the conflicted state subgraph.
-func (r *resolution) between(disputed map[mxfed.EventID][]bool) idSet {
-	found, above := make(idSet), make(idSet)
+// between is the conflicted state subgraph: what authorises a disputed event and is authorised by another one.
+func (r *resolution) between(disputed idSet) idSet {
+	found, above, below := make(idSet), make(idSet), make(idSet)
 	if r.version != "12" {
 		return found
 	}
 	for id := range disputed {
 		r.ancestors(r.chain[id], above)
 	}
-	for a := range above {
-		chain := make(idSet)
-		r.ancestors(r.chain[a], chain)
-		for id := range chain {
-			found[a] = found[a] || disputed[id] != nil
+	for _, id := range r.inOrder(above) { // what authorises an event comes before it
+		below[id] = slices.ContainsFunc(r.chain[id].Auth(), func(a mxfed.EventID) bool { return disputed[a] || below[a] })
+		if below[id] {
+			found[id] = true
 		}
 	}
-	maps.DeleteFunc(found, func(_ mxfed.EventID, is bool) bool { return !is })
 	return found
+}
+
+// inOrder lists events, and what authorises them, so that each comes after what authorises it.
+func (r *resolution) inOrder(set idSet) (order []mxfed.EventID) {
+	done := make(idSet)
+	var visit func(id mxfed.EventID)
+	visit = func(id mxfed.EventID) {
+		if e := r.chain[id]; e != nil && !done[id] {
+			done[id] = true
+			for _, a := range e.Auth() {
+				visit(a)
+			}
+			order = append(order, id)
+		}
+	}
+	for id := range set {
+		visit(id)
+	}
+	return order
 }
 
 // ancestors adds the auth chain of an event, without the event, to seen.
@@ -153,7 +155,7 @@ func (r *resolution) ancestors(e *mxfed.Event, seen idSet) {
 
 // powerEvents are those that decide about the power of users, with all of set that authorises them.
 func (r *resolution) powerEvents(set idSet) idSet {
-	power := make(idSet)
+	power, chain := make(idSet), make(idSet)
 	for id := range set {
 		e := r.chain[id]
 		key, _ := e.StateKey()
@@ -162,12 +164,11 @@ func (r *resolution) powerEvents(set idSet) idSet {
 			continue
 		}
 		power[id] = true
-		chain := make(idSet)
 		r.ancestors(e, chain)
-		for other := range chain {
-			if set[other] {
-				power[other] = true
-			}
+	}
+	for id := range chain {
+		if set[id] {
+			power[id] = true
 		}
 	}
 	return power
@@ -175,33 +176,52 @@ func (r *resolution) powerEvents(set idSet) idSet {
 
 // byPower orders events so that each comes after what authorises it; among others, those of the mighty come first.
 func (r *resolution) byPower(set idSet) (sorted []*mxfed.Event) {
-	waiting := make(map[mxfed.EventID]idSet) // for which others each has to wait
-	for id := range set {
-		chain := make(idSet)
-		r.ancestors(r.chain[id], chain)
-		maps.DeleteFunc(chain, func(other mxfed.EventID, _ bool) bool { return !set[other] })
-		waiting[id] = chain
-	}
-	levels := make(map[mxfed.EventID]int64)
+	levels, times := make(map[mxfed.EventID]int64), r.times(set)
 	for id := range set {
 		levels[id] = r.senderLevel(r.chain[id])
 	}
-	times := r.times(set)
-	for len(waiting) > 0 {
-		var next *mxfed.Event
-		for id, others := range waiting {
-			e := r.chain[id]
-			if len(others) == 0 && (next == nil || cmp.Or(cmp.Compare(levels[next.ID()], levels[id]), times.compare(e, next)) < 0) {
-				next = e
+	order := r.inOrder(set)
+	waiting := make(map[mxfed.EventID]int) // for how many others each event has to wait
+	allows := make(map[mxfed.EventID][]mxfed.EventID)
+	var ready []*mxfed.Event // of set, the next one last
+	free := func(id mxfed.EventID) {
+		e := r.chain[id]
+		at, _ := slices.BinarySearchFunc(ready, e, func(a, b *mxfed.Event) int {
+			return cmp.Or(cmp.Compare(levels[a.ID()], levels[b.ID()]), times.compare(b, a))
+		})
+		ready = slices.Insert(ready, at, e)
+	}
+	var pass func(id mxfed.EventID)
+	pass = func(id mxfed.EventID) { // those of others than set take no turn
+		if set[id] {
+			free(id)
+			return
+		}
+		for _, next := range allows[id] {
+			if waiting[next]--; waiting[next] == 0 {
+				pass(next)
 			}
 		}
-		if next == nil { // a cycle, which hashes exclude
-			return sorted
+	}
+	for _, id := range order {
+		for _, a := range r.chain[id].Auth() {
+			if r.chain[a] != nil {
+				waiting[id]++
+				allows[a] = append(allows[a], id)
+			}
 		}
+	}
+	for _, id := range slices.DeleteFunc(order, func(id mxfed.EventID) bool { return waiting[id] > 0 }) {
+		pass(id)
+	}
+	for len(ready) > 0 {
+		next := ready[len(ready)-1]
+		ready = ready[:len(ready)-1]
 		sorted = append(sorted, next)
-		delete(waiting, next.ID())
-		for _, others := range waiting {
-			delete(others, next.ID())
+		for _, id := range allows[next.ID()] {
+			if waiting[id]--; waiting[id] == 0 {
+				pass(id)
+			}
 		}
 	}
 	return sorted

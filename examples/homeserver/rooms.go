@@ -71,8 +71,8 @@ func (s *server) store(ctx context.Context, e *mxfed.Event, m *message) (id mxfe
 	return id, err
 }
 
-// judge tells what becomes of an event that is genuine: it is rejected if its auth events or the state before it do not
-// allow it, and soft-failed if the current state does not. The error says why.
+// judge tells what becomes of an event that is genuine: it is rejected if its auth events, of which none is missing, or the
+// state before it do not allow it, and soft-failed if the current state does not. The error says why.
 // https://spec.matrix.org/v1.19/server-server-api/#checks-performed-on-receipt-of-a-pdu
 func (t *tx) judge(r *room, e *mxfed.Event, before snapshot) (status int, why error) {
 	ask := e.Query()
@@ -87,8 +87,10 @@ func (t *tx) judge(r *room, e *mxfed.Event, before snapshot) (status int, why er
 		return statusAccepted, nil
 	case errors.Is(why, mxfed.ErrSoftFailed):
 		return statusSoftFailed, why
+	case errors.Is(why, mxfed.ErrRejected) || errors.Is(why, mxfed.ErrMissing): // what is missing has been rejected
+		return statusRejected, why
 	}
-	return statusRejected, why
+	return statusAnother, why
 }
 
 // withMembers adds member events to a state that does not tell about these users.
@@ -311,6 +313,9 @@ func namedBy(id mxfed.RoomID) []mxfed.ServerName {
 func (t *tx) outside(user mxfed.UserID, e *mxfed.Event, state []mxfed.Stripped, via []mxfed.ServerName) error {
 	if err := storable(e); err != nil {
 		return err
+	}
+	if r := t.room(e.RoomID()); r != nil && r.Version != e.Version() {
+		return &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "the room is of another version"}
 	}
 	if _, known := one[int](t, `SELECT 1 FROM users WHERE id = ?`, user); !known {
 		return mxfed.ErrNotFound

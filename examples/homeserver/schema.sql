@@ -44,8 +44,8 @@ CREATE INDEX events_by_position ON events (room, position) WHERE position > 0;
 CREATE INDEX events_latest ON events (room) WHERE latest = 1;
 CREATE INDEX events_by_txn ON events (sender, device, txn) WHERE txn <> '';
 
--- Events that accepted ones follow, whether they are known or not.
-CREATE TABLE followed (event TEXT PRIMARY KEY);
+-- Events that accepted ones of the room follow, whether they are known or not.
+CREATE TABLE followed (room TEXT NOT NULL, event TEXT NOT NULL, PRIMARY KEY (room, event));
 
 -- The history of every room's state. An entry holds at positions from since on, and before until, which is the largest
 -- number there is for what holds now. Of a member event, server is that of the user whom it is about.

@@ -15,6 +15,7 @@ const (
 	statusAccepted = iota
 	statusSoftFailed
 	statusRejected
+	statusAnother // never stored: what is known is about another event
 )
 
 // room is a room that this server is or was in, in a transaction.
@@ -187,6 +188,9 @@ type addition struct {
 	toAll bool
 }
 
+// maxDiffers bounds what has to be stored with an event of a branch: one that long is not taken up again.
+const maxDiffers = 20_000
+
 // add stores an event that has been judged, as the newest of its room. Once it is in, the room's ends and state are what
 // they are with it, and the servers to be told are noted down. The caller holds the room.
 func (t *tx) add(r *room, a *addition) error {
@@ -194,8 +198,13 @@ func (t *tx) add(r *room, a *addition) error {
 	if err := storable(e); err != nil {
 		return err
 	}
-	if other, known := one[mxfed.RoomID](t, `SELECT room FROM events WHERE id = ?`, e.ID()); known && other != r.ID { // old room versions give IDs
-		return &mxfed.Error{Code: mxfed.ErrInvalidParam, Message: "an event of another room has that ID"}
+	if len(a.before.differs) > maxDiffers {
+		return &mxfed.Error{Code: mxfed.ErrTooLarge, Message: "the event knows too little of the room"}
+	}
+	for _, same := range t.events(e.ID()) { // where senders give IDs, it may be another event
+		if err := e.Check(&mxfed.Room{Version: r.Version, Events: []*mxfed.Event{same}}); err != nil {
+			return err
+		}
 	}
 	t.exec(`INSERT INTO events (id, room, sender, auth, json, status, device, txn) VALUES (?, ?, ?, ?, ?, ?, ?, ?)
 		ON CONFLICT (id) DO UPDATE SET json = excluded.json, status = excluded.status`, // it may have come as part of a state
@@ -230,10 +239,10 @@ func authJSON(e *mxfed.Event) string { return string(asJSON(append([]mxfed.Event
 // others follow it already.
 func (t *tx) follow(r *room, e *mxfed.Event) bool {
 	for _, id := range e.Prev() {
-		t.exec(`INSERT INTO followed VALUES (?) ON CONFLICT DO NOTHING`, id)
+		t.exec(`INSERT INTO followed VALUES (?, ?) ON CONFLICT DO NOTHING`, r.ID, id)
 		t.exec(`UPDATE events SET latest = 0 WHERE id = ? AND room = ?`, id, r.ID)
 	}
-	_, followed := one[int](t, `SELECT 1 FROM followed WHERE event = ?`, e.ID())
+	_, followed := one[int](t, `SELECT 1 FROM followed WHERE room = ? AND event = ?`, r.ID, e.ID())
 	return !followed
 }
 
