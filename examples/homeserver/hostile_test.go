@@ -6,6 +6,7 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"net/http"
 	"net/url"
 	"testing"
@@ -160,26 +161,82 @@ func TestJoinOfThePast(t *testing.T) {
 	require.Zero(t, ask[int](w, c, `SELECT position FROM events WHERE id = ?`, join))
 }
 
-// TestSecretHistory asks for events that a server may not see: it is told nothing, and not at any price.
+// TestSecretHistory asks for events that a server may not see: it is told nothing of them, and they are not looked through
+// at any price.
 func TestSecretHistory(t *testing.T) {
 	w := newWorld(t)
 	a, b := w.start("a.example"), w.start("b.example")
 	alice, bob := w.user(a, "alice"), w.user(b, "bob")
+	via := []mxfed.ServerName{"a.example"}
 	id := w.room(a, alice, roomRequest{Preset: "public_chat", State: []stateEntry{{Type: "m.room.history_visibility", Content: json.RawMessage(`{"history_visibility":"joined"}`)}}})
+	require.NoError(t, b.joinRoom(t.Context(), bob, id, via, nil))
+	require.NoError(t, b.leaveRoom(t.Context(), bob, id, nil))
+	w.eventually(func() bool { return w.stands(a, id, bob) == "leave" })
 	for range 30 {
 		w.say(a, alice, id, "secret")
 	}
-	require.NoError(t, b.joinRoom(t.Context(), bob, id, []mxfed.ServerName{"a.example"}, nil))
-	events, err := query(t.Context(), a.db, func(t *tx) []*mxfed.Event {
-		return t.history(id, "b.example", []mxfed.EventID{t.latest(t.room(id), nil)[0].ID()}, nil, 2)
-	})
-	require.NoError(t, err)
-	for _, e := range events {
-		require.NotEqual(t, "m.room.message", e.Type())
+	require.NoError(t, b.joinRoom(t.Context(), bob, id, via, nil))
+	last := w.say(a, alice, id, "welcome")
+	history := func(limit int) (types []string) {
+		events, err := query(t.Context(), a.db, func(t *tx) []*mxfed.Event { return t.history(id, "b.example", []mxfed.EventID{last}, nil, limit) })
+		require.NoError(t, err)
+		for _, e := range events {
+			require.NotContains(t, string(e.Content()), "secret")
+			types = append(types, e.Type())
+		}
+		return types
 	}
-	all, err := query(t.Context(), a.db, func(t *tx) []*mxfed.Event {
-		return t.history(id, "a.example", []mxfed.EventID{t.latest(t.room(id), nil)[0].ID()}, nil, 100)
-	})
+	require.Equal(t, []string{"m.room.message"}, history(2))
+	require.Equal(t, []string{"m.room.message", "m.room.member"}, history(10)[:2], "that by which bob left")
+}
+
+// TestRemadeRoom has a room come back under its ID as one of another version: what is known of it would not be readable.
+func TestRemadeRoom(t *testing.T) {
+	w := newWorld(t)
+	a, b := w.start("a.example"), w.start("b.example")
+	alice, bob := w.user(a, "alice"), w.user(b, "bob")
+	via := []mxfed.ServerName{"a.example"}
+	id := w.room(a, alice, roomRequest{Version: "10", Preset: "public_chat"})
+	require.NoError(t, b.joinRoom(t.Context(), bob, id, via, nil))
+	_, err := b.host.Room(t.Context(), id, mxfed.RoomQuery{To: "b.example"})
 	require.NoError(t, err)
-	require.Greater(t, len(all), 30)
+	require.NoError(t, b.leaveRoom(t.Context(), bob, id, nil))
+	_, err = b.host.Room(t.Context(), id, mxfed.RoomQuery{To: "b.example"})
+	require.ErrorIs(t, err, mxfed.ErrNotFound, "a room that was left")
+	join := w.forge(b, "11", map[string]any{"room_id": id, "type": "m.room.member", "state_key": bob, "sender": bob,
+		"content": map[string]any{"membership": "join"}, "prev_events": []string{"$x"}, "auth_events": []string{}})
+	err = b.db.update(t.Context(), id, func(t *tx) error { return t.enter(&intake{room: id}, &mxfed.JoinResult{Event: join}) })
+	require.ErrorIs(t, err, mxfed.ErrIncompatibleRoomVersion)
+}
+
+// TestExpel rejects events that had been accepted: the room goes on without them.
+func TestExpel(t *testing.T) {
+	w := newWorld(t)
+	a := w.start("a.example")
+	alice := w.user(a, "alice")
+	id := w.room(a, alice, roomRequest{})
+	first := w.set(a, alice, id, "m.room.topic", "", map[string]any{"topic": "first"})
+	second := w.set(a, alice, id, "m.room.topic", "", map[string]any{"topic": "second"})
+	require.NoError(t, a.db.update(t.Context(), id, func(t *tx) error {
+		t.expel(t.room(id), t.placed(id, second))
+		return nil
+	}))
+	require.Equal(t, first, w.state(a, id)[mxfed.StateKey{Type: "m.room.topic"}])
+	require.Equal(t, []mxfed.EventID{first}, a.eventOf(w, w.say(a, alice, id, "next")).Prev())
+}
+
+// TestLongBranch adds an event whose state is so far from the room's that it would take too much to keep.
+func TestLongBranch(t *testing.T) {
+	w := newWorld(t)
+	a := w.start("a.example")
+	alice := w.user(a, "alice")
+	id := w.room(a, alice, roomRequest{})
+	e, err := a.fed.Build(t.Context(), &mxfed.Draft{Room: id, Type: "m.room.message", Sender: alice, Content: json.RawMessage(`{}`)})
+	require.NoError(t, err)
+	before := snapshot{differs: make(map[mxfed.StateKey]mxfed.EventID)}
+	for n := range maxDiffers + 1 {
+		before.differs[mxfed.StateKey{Type: "m.room.member", Key: fmt.Sprint(n)}] = ""
+	}
+	err = a.db.update(t.Context(), id, func(t *tx) error { return t.add(t.room(id), &addition{event: e, before: before}) })
+	require.ErrorIs(t, err, mxfed.ErrTooLarge)
 }
